@@ -1,0 +1,79 @@
+"""What a run shows to the person who watches it."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import binomtest
+from tqdm import tqdm
+
+
+class Progress:
+    """A progress bar over the images of a whole run on a terminal; plain lines elsewhere."""
+
+    def __init__(self, images: int, done: int):
+        self._bar = tqdm(
+            total=images,
+            initial=done,
+            unit=" images",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._bar.close()
+
+    def advance(self, images: int, loss: float) -> None:
+        """Say that `images` more were trained on, at a mean loss over the epoch so far."""
+        self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        self._bar.update(images)
+
+    def epoch(self, record: dict[str, Any], epochs: int) -> None:
+        """Print an epoch's line."""
+        parts = [
+            f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}",
+            f"step {record['step']}",
+            f"train {record['train_loss']:.4f} {record['train_accuracy']:7.2%}",
+        ]
+        if "validation_accuracy" in record:
+            parts.append(
+                f"validation {record['validation_loss']:.4f} {record['validation_accuracy']:7.2%}"
+            )
+        parts += [
+            f"test {record['test_loss']:.4f} {record['test_accuracy']:7.2%}",
+            f"{record['images_per_second']:,.0f} images/s",
+            f"{record['seconds']:.0f} s",
+        ]
+        self._bar.write("  ".join(parts))
+
+
+def accuracy_line(correct: int, total: int) -> str:
+    """State an accuracy with its 95% interval (Wilson)."""
+    low, high = binomtest(correct, total).proportion_ci(0.95, method="wilson")
+    return (
+        f"{correct / total:.2%} (95% interval {low:.2%} to {high:.2%}), "
+        f"{correct:,} of {total:,} correct"
+    )
+
+
+def print_summary(
+    evaluation: dict[str, Any], records: list[dict[str, Any]], checkpoint: Path, command: str
+) -> None:
+    """Print what a run came to.
+
+    Args:
+        evaluation: of the checkpoint, as in eval.json.
+        records: the epochs' metrics.
+        checkpoint: what was evaluated.
+        command: how to evaluate it again.
+    """
+    minutes, seconds = divmod(round(sum(record["seconds"] for record in records)), 60)
+    print()
+    print(f"test accuracy  {accuracy_line(evaluation['correct'], evaluation['total'])}")
+    print(f"trained        {len(records)} epochs in {minutes} min {seconds} s")
+    print(f"checkpoint     {checkpoint}")
+    print(f"evaluate it    {command}")

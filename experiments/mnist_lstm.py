@@ -56,15 +56,14 @@ def run(config: Config) -> None:
     config = dataclasses.replace(config, dataset=builder.name)
     splits = load_splits(config, builder)
     check_batch_size(config, splits)
-    mesh = training.data_mesh()
     directory = run_files.checkpoints_path(config.workdir)
     with (
-        jax.set_mesh(mesh),
+        jax.set_mesh(training.data_mesh()),
         checkpoints.open_checkpoints(directory, read_only=config.eval_only) as manager,
     ):
-        datasets = training.replicate({name: as_batch(s) for name, s in splits.items()}, mesh)
-        keys = training.replicate(Keys.from_seed(config.seed), mesh)
-        fresh = training.replicate(create_state(config, datasets, keys), mesh)
+        datasets = training.replicate({name: as_arrays(s) for name, s in splits.items()})
+        keys = training.replicate(Keys.from_seed(config.seed))
+        fresh = training.replicate(create_state(config, datasets, keys))
         describe(config, splits, fresh)
         if not config.eval_only:
             train(config, fresh, datasets, keys, manager)
@@ -101,7 +100,7 @@ def check_batch_size(config: Config, splits: dict[str, data.Split]) -> None:
         )
 
 
-def as_batch(split: data.Split) -> Batch:
+def as_arrays(split: data.Split) -> dict[str, np.ndarray]:
     """A split as the dict of arrays that training takes."""
     return {"image": split.images, "label": split.labels}
 
@@ -199,7 +198,7 @@ def compile_train_steps(config: Config, state: TrainState, train_set: Batch, key
     """Compile `training.train_steps` ahead of time, so that no figure holds compile time."""
     return training.train_steps.lower(
         state,
-        training.replicate(Metrics.zero(), state.step.sharding.mesh),
+        training.replicate(Metrics.zero()),
         train_set,
         keys,
         np.int32(1),
@@ -220,7 +219,7 @@ def train_epoch(
         TrainingError: the loss is not finite.
     """
     images = len(train_set["label"])
-    metrics = training.replicate(Metrics.zero(), state.step.sharding.mesh)
+    metrics = training.replicate(Metrics.zero())
     steps_a_call, seen, seconds = 1, 0, 0.0
     while seen < images:
         started, first_step = time.perf_counter(), int(state.step)

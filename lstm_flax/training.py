@@ -10,7 +10,7 @@ knows its step, is all that a resumed run needs.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -81,9 +81,9 @@ def data_mesh() -> Mesh:
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
 
-def replicate(tree, mesh: Mesh):
-    """Lay every array of `tree` whole on each device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, P()))
+def replicate(tree: Any) -> Any:
+    """Lay every array of `tree` whole on each device of the mesh in force (`jax.set_mesh`)."""
+    return jax.device_put(tree, NamedSharding(jax.sharding.get_mesh(), P()))
 
 
 def _split_over_devices(batch: Batch) -> Batch:
@@ -232,6 +232,4 @@ def evaluate(state: TrainState, data: Batch, *, batch_size: int) -> Metrics:
     def body(index, metrics):
         return metrics + eval_step(state, _take_batch(data, order, index, batch_size))
 
-    return jax.lax.fori_loop(
-        0, steps_per_epoch(num_examples, batch_size), body, Metrics.zero()
-    )
+    return jax.lax.fori_loop(0, steps_per_epoch(num_examples, batch_size), body, Metrics.zero())

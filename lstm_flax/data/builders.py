@@ -45,7 +45,7 @@ def _read_idx(path, header_bytes: int) -> np.ndarray:
     return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header_bytes)
 
 
-class _IdxMixin:
+class _IdxBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """What the original files' builders do in place of tfds's."""
 
     BUILDER_CONFIGS = [_PIXELS]  # noqa: RUF012  (tfds's own way to declare it)
@@ -68,19 +68,19 @@ class _IdxMixin:
         yield from _numbered(images, _read_idx(labels_path, header_bytes=8))
 
 
-class MNIST(_IdxMixin, tfds.image_classification.MNIST, skip_registration=True):
+class MNIST(_IdxBuilder, tfds.image_classification.MNIST, skip_registration=True):
     """MNIST: 60,000 training and 10,000 test digits."""
 
     name = "mnist"
 
 
-class FashionMNIST(_IdxMixin, tfds.image_classification.FashionMNIST, skip_registration=True):
+class FashionMNIST(_IdxBuilder, tfds.image_classification.FashionMNIST, skip_registration=True):
     """Fashion-MNIST: as many pictures of clothes."""
 
     name = "fashion_mnist"
 
 
-class KMNIST(_IdxMixin, tfds.image_classification.KMNIST, skip_registration=True):
+class KMNIST(_IdxBuilder, tfds.image_classification.KMNIST, skip_registration=True):
     """Kuzushiji-MNIST: as many cursive Japanese characters."""
 
     name = "kmnist"

@@ -165,4 +165,3 @@ def _unreachable(url: str) -> str | None:
         host = urllib.parse.urlsplit(url).hostname
         return f"no answer from {host}: {type(error).__name__}"
     return None
-

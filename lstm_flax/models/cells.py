@@ -99,7 +99,10 @@ class LSTMCell(nn.Module):
             "kernel_ih", per_gate(self.kernel_init, 4), (x.shape[-1], width), self.param_dtype
         )
         kernel_hh = self.param(
-            "kernel_hh", per_gate(self.recurrent_init, 4), (self.hidden_size, width), self.param_dtype
+            "kernel_hh",
+            per_gate(self.recurrent_init, 4),
+            (self.hidden_size, width),
+            self.param_dtype,
         )
         bias = self.param("bias", self.bias_init, (width,), self.param_dtype)
 

@@ -32,7 +32,7 @@ class SequenceClassifier(nn.Module):
         return logits.astype(at_least_float32(logits.dtype))
 
 
-def LSTMClassifier(  # noqa: N802  (it makes a module, and reads like one)
+def LSTMClassifier(
     hidden_size: int = 256,
     num_layers: int = 3,
     num_classes: int = 10,

@@ -92,9 +92,7 @@ class LSTMStack(nn.Module):
         return outputs, jax.tree.map(lambda *layers: jnp.stack(layers), *carries)
 
 
-def _split_layers(
-    initial_carry: LSTMCarry, like: tuple[LSTMCarry, ...]
-) -> tuple[LSTMCarry, ...]:
+def _split_layers(initial_carry: LSTMCarry, like: tuple[LSTMCarry, ...]) -> tuple[LSTMCarry, ...]:
     """`(h_0, c_0)` as one carry a layer, in the dtypes that the cells keep."""
     expected = (len(like), *like[0][0].shape)
     for name, state in zip(("h_0", "c_0"), initial_carry, strict=True):

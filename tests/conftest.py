@@ -1,0 +1,25 @@
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+ORIGINAL_FILES = Path(__file__).parents[2] / "shared" / "data" / "mnist"
+
+
+@pytest.fixture(scope="session")
+def mnist_dir() -> Path:
+    """MNIST's four original files."""
+    if not ORIGINAL_FILES.is_dir():
+        reason = f"MNIST's original files are not in {ORIGINAL_FILES}"
+        # A gate that skips them would prove nothing.
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    return ORIGINAL_FILES
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """A tfds folder for the whole session."""
+    return tmp_path_factory.mktemp("tfds")

@@ -1,0 +1,146 @@
+import gzip
+import shutil
+
+import numpy as np
+import pytest
+
+from lstm_flax import data
+
+
+@pytest.fixture(scope="session")
+def mnist(mnist_dir, data_dir):
+    return data.prepare("mnist", data_dir, mnist_dir)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def swap_the_label_files(path):
+    shutil.copyfile(path.with_name("train-labels-idx1-ubyte.gz"), path)
+
+
+def test_mnist_is_whole_and_in_its_original_order(mnist, mnist_dir):
+    train, test = data.read_split(mnist, "train"), data.read_split(mnist, "test")
+    assert train.images.shape == (60_000, 28, 28)
+    assert test.images.shape == (10_000, 28, 28)
+    assert train.images.dtype == test.images.dtype == np.uint8
+    # The histograms and the first labels as the literature gives them.
+    assert np.bincount(train.labels).tolist() == [
+        5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949,
+    ]  # fmt: skip
+    assert np.bincount(test.labels).tolist() == [
+        980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009,
+    ]  # fmt: skip
+    assert train.labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
+    assert test.labels[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
+    np.testing.assert_allclose(train.images.mean() / 255, 0.1306604762738431)
+    for split, name in ((train, "train-images-idx3-ubyte.gz"), (test, "t10k-images-idx3-ubyte.gz")):
+        original = gzip.decompress((mnist_dir / name).read_bytes())[16:]
+        assert split.images.tobytes() == original
+
+
+def test_a_prepared_dataset_needs_its_source_no_more(mnist, data_dir, tmp_path):
+    assert data.prepare("mnist", data_dir).data_dir == mnist.data_dir
+    assert data.prepare_auto(data_dir, warn=pytest.fail).name == "mnist"
+    assert data.prepare_auto(data_dir, tmp_path, warn=pytest.fail).name == "mnist"
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_byte, swap_the_label_files])
+def test_a_damaged_file_is_named(mnist_dir, tmp_path, damage):
+    files = tmp_path / "files"
+    shutil.copytree(mnist_dir, files, copy_function=shutil.copyfile)
+    files.chmod(0o755)
+    damage(files / "t10k-labels-idx1-ubyte.gz")
+    for prepare in (lambda *a: data.prepare("mnist", *a), data.prepare_auto):
+        with pytest.raises(
+            data.DataError, match=r"t10k-labels-idx1-ubyte\.gz.*wrong checksum"
+        ) as e:
+            prepare(tmp_path / "tfds", files)
+        assert "\n" not in str(e.value)
+    # Nothing half-made is left that would pass for the dataset.
+    assert data.prepare("mnist", tmp_path / "tfds", mnist_dir).info.splits["test"].num_examples
+
+
+def test_another_datasets_files_are_refused(mnist_dir, tmp_path):
+    with pytest.raises(data.DataError, match=r"ubyte\.gz.*wrong checksum"):
+        data.prepare("fashion_mnist", tmp_path, mnist_dir)
+
+
+def test_missing_files_are_named(mnist_dir, tmp_path):
+    shutil.copyfile(
+        mnist_dir / "train-labels-idx1-ubyte.gz", tmp_path / "train-labels-idx1-ubyte.gz"
+    )
+    with pytest.raises(data.DataError) as error:
+        data.prepare("mnist", tmp_path / "tfds", tmp_path)
+    assert str(error.value) == (
+        f"--manual-dir {tmp_path} lacks train-images-idx3-ubyte.gz, t10k-images-idx3-ubyte.gz, "
+        "t10k-labels-idx1-ubyte.gz"
+    )
+
+
+@pytest.fixture
+def no_way_out(monkeypatch):
+    """A proxy that refuses every connection: port 9, discard, has no listener."""
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("NO_PROXY", "")
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "kmnist"])
+def test_a_dataset_named_outright_is_never_replaced(name, no_way_out, tmp_path):
+    with pytest.raises(data.DataError, match=rf"^{name} is not in .* --manual-dir$"):
+        data.prepare(name, tmp_path)
+
+
+def test_auto_falls_back_to_5000_digits_and_says_so(no_way_out, tmp_path):
+    warnings = []
+    assert data.prepare_auto(tmp_path, warn=warnings.append).name == "mnist5k"
+    assert len(warnings) == 1
+    assert "mnist5k" in warnings[0]
+    assert "\n" not in warnings[0]
+
+
+def test_mnist5k_is_stratified_and_real(data_dir, mnist):
+    builder = data.prepare("mnist5k", data_dir)
+    train, test = data.read_split(builder, "train"), data.read_split(builder, "test")
+    assert np.bincount(train.labels).tolist() == [400] * 10
+    assert np.bincount(test.labels).tolist() == [100] * 10
+    known = {
+        (image.tobytes(), label)
+        for image, label in zip(*data.read_split(mnist, "train"), strict=True)
+    }
+    digits = [
+        (image.tobytes(), label)
+        for split in (train, test)
+        for image, label in zip(*split, strict=True)
+    ]
+    assert len(set(digits)) == 5000
+    assert set(digits) <= known
+
+
+def test_held_out_images_are_stratified_fixed_by_the_seed_and_not_trained_on(mnist):
+    train = data.read_split(mnist, "train")
+    kept, held_out = data.hold_out(train, 5000, seed=3)
+    shares = np.bincount(held_out.labels) / np.bincount(train.labels)
+    np.testing.assert_allclose(shares, 5000 / 60_000, rtol=0.01)
+    assert len(kept.labels) == 55_000
+    both = np.concatenate([kept.images, held_out.images]).sum((1, 2), dtype=np.int64)
+    assert sorted(both) == sorted(train.images.sum((1, 2), dtype=np.int64))
+    again, other = data.hold_out(train, 5000, seed=3)[1], data.hold_out(train, 5000, seed=4)[1]
+    np.testing.assert_array_equal(held_out.images, again.images)
+    assert not np.array_equal(held_out.images, other.images)
+
+
+@pytest.mark.parametrize("size", [9, 4000, 3999])
+def test_an_impossible_validation_size_is_refused(size, data_dir):
+    train = data.read_split(data.prepare("mnist5k", data_dir), "train")
+    with pytest.raises(data.DataError, match=f"--validation-size {size}"):
+        data.hold_out(train, size, seed=0)

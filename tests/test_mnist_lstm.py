@@ -1,0 +1,234 @@
+"""The experiment as a user runs it: command lines in, files and lines out."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import mnist_lstm
+
+SMALL = [
+    "--dataset", "mnist5k", "--hidden-size", "24", "--num-layers", "1", "--batch-size", "300",
+]  # fmt: skip
+
+
+@pytest.fixture
+def run(data_dir, capsys):
+    """Run a command line in this process; returns `(status, output, error)`."""
+
+    def run(*flags):
+        try:
+            status = mnist_lstm.main(["--data-dir", str(data_dir), *map(str, flags)])
+        except SystemExit as exit_:
+            status = exit_.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def read_lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_eval(workdir):
+    return json.loads((workdir / "eval.json").read_text())
+
+
+def command(data_dir, workdir, *flags):
+    return [
+        sys.executable, "-m", "experiments.mnist_lstm", "--data-dir", str(data_dir),
+        "--workdir", str(workdir), *SMALL, *flags,
+    ]  # fmt: skip
+
+
+def test_train_evaluate_and_run_again(run, tmp_path):
+    status, output, error = run("--workdir", tmp_path, *SMALL, "--epochs", 2)
+    assert (status, error) == (0, "")
+    assert "test accuracy" in output
+    assert "95% interval" in output
+
+    lines = read_lines(tmp_path)
+    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 14), (2, 28)]
+    assert lines[1]["train_loss"] < lines[0]["train_loss"]
+    assert set(lines[0]) == {
+        "epoch", "step", "train_loss", "train_accuracy", "test_loss", "test_accuracy",
+        "images_per_second", "seconds", "dataset", "device",
+    }  # fmt: skip
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["dataset"], config["hidden_size"], config["epochs"]) == ("mnist5k", 24, 2)
+
+    evaluation = read_eval(tmp_path)
+    assert evaluation["step"] == 28
+    assert evaluation["total"] == 1000
+    assert evaluation["test_loss"] == lines[1]["test_loss"]
+    assert evaluation["test_accuracy"] == lines[1]["test_accuracy"] == evaluation["correct"] / 1000
+
+    # The same command once more: the run is finished, is evaluated, and stays as it is.
+    before = (tmp_path / "metrics.jsonl").read_text()
+    status, output, _ = run("--workdir", tmp_path, *SMALL, "--epochs", 2)
+    assert status == 0
+    assert "finished at step 28" in output
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert read_eval(tmp_path) == evaluation
+
+    # Evaluation alone needs no flag of the run's, and an earlier step can be asked for.
+    assert run("--workdir", tmp_path, "--eval-only")[0] == 0
+    assert read_eval(tmp_path) == evaluation
+    assert run("--workdir", tmp_path, "--eval-only", "--step", 14)[0] == 0
+    assert read_eval(tmp_path)["step"] == 14
+    assert read_eval(tmp_path)["test_loss"] == lines[0]["test_loss"]
+    status, _, error = run("--workdir", tmp_path, "--eval-only", "--step", 15)
+    assert status == 2
+    assert "there are: 14, 28" in error
+
+
+def test_evaluation_in_a_new_process_gives_the_same_figures(run, data_dir, tmp_path):
+    assert run("--workdir", tmp_path, *SMALL, "--epochs", 1)[0] == 0
+    evaluation = read_eval(tmp_path)
+    subprocess.run(
+        command(data_dir, tmp_path, "--epochs", "1", "--eval-only"), check=True, capture_output=True
+    )
+    assert read_eval(tmp_path) == evaluation
+
+
+def test_a_killed_run_resumes_and_ends_as_an_uninterrupted_one(run, data_dir, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    flags = ["--epochs", "6", "--dropout", "0.1"]
+    assert run("--workdir", whole, *SMALL, *flags)[0] == 0
+
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command(data_dir, killed, *flags), stdout=subprocess.PIPE, text=True, env=environment
+    )
+    for line in process.stdout:
+        if line.startswith("epoch 3/6"):
+            process.send_signal(signal.SIGKILL)
+    process.stdout.close()
+    assert process.wait() == -signal.SIGKILL
+
+    finished = subprocess.run(
+        command(data_dir, killed, *flags), capture_output=True, text=True, check=True
+    )
+    assert "resuming from step" in finished.stdout
+    assert read_eval(killed)["params_sha256"] == read_eval(whole)["params_sha256"]
+
+    def without_times(workdir):
+        timed = ("seconds", "images_per_second")
+        return [{k: v for k, v in r.items() if k not in timed} for r in read_lines(workdir)]
+
+    assert without_times(killed) == without_times(whole)
+
+
+def test_the_validation_set_chooses_the_checkpoint_and_the_test_set_never(run, tmp_path):
+    flags = [*SMALL, "--epochs", 6, "--validation-size", 50, "--learning-rate", 0.05]
+    assert run("--workdir", tmp_path, *flags)[0] == 0
+    lines = read_lines(tmp_path)
+    best = max(lines, key=lambda line: (line["validation_accuracy"], line["step"]))
+    assert read_eval(tmp_path)["step"] == best["step"]
+    assert read_eval(tmp_path)["test_loss"] == best["test_loss"]
+
+
+def test_more_epochs_can_be_asked_of_a_finished_run(run, tmp_path):
+    assert run("--workdir", tmp_path, *SMALL, "--epochs", 1)[0] == 0
+    status, output, _ = run("--workdir", tmp_path, "--epochs", 2)
+    assert status == 0
+    assert "resuming from step 14 of 28" in output
+    assert [line["epoch"] for line in read_lines(tmp_path)] == [1, 2]
+
+
+def test_a_workdir_of_another_run_is_refused_with_each_difference(run, tmp_path):
+    assert run("--workdir", tmp_path, *SMALL, "--epochs", 1)[0] == 0
+    kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    status, _, error = run("--workdir", tmp_path, "--hidden-size", 32, "--num-layers", 2)
+    assert status == 2
+    assert "--hidden-size is 32, the run's is 24" in error
+    assert "--num-layers is 2, the run's is 1" in error
+    assert "--batch-size" not in error
+    assert error.count("\n") == 1
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == kept
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(run, tmp_path):
+    assert run("--workdir", tmp_path, *SMALL, "--epochs", 1)[0] == 0
+    (tmp_path / "config.json").write_text(
+        (tmp_path / "config.json")
+        .read_text()
+        .replace('"learning_rate": 0.004', '"learning_rate": 1e+36')
+    )
+    status, _, error = run("--workdir", tmp_path, "--epochs", 2)
+    assert status == 2
+    assert error.startswith("error: the loss became")
+    assert "lower --learning-rate" in error
+    assert run("--workdir", tmp_path, "--eval-only")[0] == 0
+    assert read_eval(tmp_path)["step"] == 14
+    assert read_eval(tmp_path)["test_loss"] == read_lines(tmp_path)[0]["test_loss"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--epochs", "0"], "--epochs must be at least 1, but is 0"),
+        (["--batch-size", "-1"], "--batch-size must be at least 1, but is -1"),
+        (["--batch-size", "4001"], "--batch-size is 4001, but there are only 4000"),
+        (["--hidden-size", "0"], "--hidden-size must be at least 1"),
+        (["--num-layers", "0"], "--num-layers must be at least 1"),
+        (["--learning-rate", "nan"], "--learning-rate must be a positive number, but is nan"),
+        (["--learning-rate", "0"], "--learning-rate must be a positive number"),
+        (["--clip-norm", "-1"], "--clip-norm must be a positive number"),
+        (["--weight-decay", "inf"], "--weight-decay must be at least 0"),
+        (["--dropout", "1"], "--dropout must be at least 0 and less than 1"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--validation-size", "-1"], "--validation-size must be at least 0"),
+        (["--validation-size", "3999"], "--validation-size 3999"),
+        (["--step", "3"], "--step must be given with --eval-only"),
+        (["--eval-only"], "there is no run in"),
+        (["--manual-dir", "/nowhere", "--dataset", "kmnist"], "--manual-dir /nowhere lacks"),
+    ],
+)
+def test_bad_values_are_refused_by_name_in_one_line(run, tmp_path, flags, message):
+    workdir = tmp_path / "run"
+    status, output, error = run("--workdir", workdir, "--dataset", "mnist5k", *flags)
+    assert status == 2
+    assert message in error
+    assert error.count("\n") == 1
+    assert "Traceback" not in output + error
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize("flags", [["--epochs", "x"], ["--precision", "float16"], ["--no-such"]])
+def test_flags_that_cannot_be_read_are_refused(run, tmp_path, flags):
+    status, _, error = run("--workdir", tmp_path, *flags)
+    assert status == 2
+    assert flags[0] in error
+
+
+def test_help_gives_every_flag(run):
+    status, output, _ = run("--help")
+    assert status == 0
+    for flag in ("--workdir", "--dataset", "--validation-size", "--precision", "--eval-only"):
+        assert flag in output
+
+
+def test_the_library_trains_without_tfds():
+    """The model, training and checkpoints must be of use where tfds is not installed."""
+    code = (
+        "import sys, lstm_flax, lstm_flax.checkpoints; print('tensorflow_datasets' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "False\n"
+
+
+def test_no_file_of_the_project_is_imported_against_the_one_direction():
+    """Leaves import neither training nor each other; the library imports no experiment."""
+    root = Path(mnist_lstm.__file__).parents[1]
+    for path in (root / "lstm_flax").rglob("*.py"):
+        source = path.read_text()
+        assert "experiments" not in source.replace("Experiments", ""), path
+        if path.parent.name in ("models", "data") or path.stem == "checkpoints":
+            assert "lstm_flax.training" not in source, path

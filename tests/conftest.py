@@ -4,8 +4,6 @@ from pathlib import Path
 import jax
 import pytest
 
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-
 ORIGINAL_FILES = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 
 
@@ -23,3 +21,10 @@ def mnist_dir() -> Path:
 def data_dir(tmp_path_factory) -> Path:
     """A tfds folder for the whole session."""
     return tmp_path_factory.mktemp("tfds")
+
+
+@pytest.fixture
+def strict_dtypes():
+    """No silent promotion in our own layers; optax's optimisers rely on some."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield

@@ -7,10 +7,12 @@ from flax.training.train_state import TrainState
 
 from lstm_flax import checkpoints
 
+TX = optax.adam(1e-3)
+
 
 def make_state(step, value=0.0):
     params = {"w": jnp.full((300, 300), value)}
-    state = TrainState.create(apply_fn=None, params=params, tx=optax.adam(1e-3))
+    state = TrainState.create(apply_fn=None, params=params, tx=TX)
     return state.replace(step=jnp.int32(step))
 
 

@@ -48,8 +48,8 @@ def test_mnist_is_whole_and_in_its_original_order(mnist, mnist_dir):
 
 def test_a_prepared_dataset_needs_its_source_no_more(mnist, data_dir, tmp_path):
     assert data.prepare("mnist", data_dir).data_dir == mnist.data_dir
-    assert data.prepare_auto(data_dir, warn=pytest.fail).name == "mnist"
-    assert data.prepare_auto(data_dir, tmp_path, warn=pytest.fail).name == "mnist"
+    assert data.prepare_auto(data_dir, tell=pytest.fail).name == "mnist"
+    assert data.prepare_auto(data_dir, tmp_path, tell=pytest.fail).name == "mnist"
 
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_byte, swap_the_label_files])
@@ -101,11 +101,13 @@ def test_a_dataset_named_outright_is_never_replaced(name, no_way_out, tmp_path):
 
 
 def test_auto_falls_back_to_5000_digits_and_says_so(no_way_out, tmp_path):
-    warnings = []
-    assert data.prepare_auto(tmp_path, warn=warnings.append).name == "mnist5k"
-    assert len(warnings) == 1
-    assert "mnist5k" in warnings[0]
-    assert "\n" not in warnings[0]
+    told = []
+    assert data.prepare_auto(tmp_path, tell=told.append).name == "mnist5k"
+    warning, preparing = told
+    assert warning.startswith("WARNING: MNIST can't be downloaded")
+    assert "mnist5k" in warning
+    assert "\n" not in warning
+    assert preparing.startswith("preparing mnist5k in ")
 
 
 def test_mnist5k_is_stratified_and_real(data_dir, mnist):

@@ -6,6 +6,8 @@ import pytest
 
 from lstm_flax import LSTMCell, LSTMClassifier, LSTMStack
 
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
 
 def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)

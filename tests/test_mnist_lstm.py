@@ -199,6 +199,13 @@ def test_bad_values_are_refused_by_name_in_one_line(run, tmp_path, flags, messag
     assert not workdir.exists()
 
 
+def test_a_workdir_that_is_no_folder_is_refused(run, tmp_path):
+    (tmp_path / "file").touch()
+    status, _, error = run("--workdir", tmp_path / "file")
+    assert status == 2
+    assert error == f"error: --workdir must be a folder, but is {tmp_path / 'file'}\n"
+
+
 @pytest.mark.parametrize("flags", [["--epochs", "x"], ["--precision", "float16"], ["--no-such"]])
 def test_flags_that_cannot_be_read_are_refused(run, tmp_path, flags):
     status, _, error = run("--workdir", tmp_path, *flags)

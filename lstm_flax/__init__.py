@@ -3,7 +3,18 @@
 The data pipeline, `lstm_flax.data`, is imported by name, since it alone needs tfds.
 """
 
-from lstm_flax.models import LSTMCell, LSTMClassifier, LSTMStack, SequenceClassifier
+from lstm_flax.models import (
+    GRUCell,
+    GRUStack,
+    LSTMCell,
+    LSTMClassifier,
+    LSTMStack,
+    RNNCell,
+    RNNStack,
+    SequenceClassifier,
+    from_torch,
+    to_torch,
+)
 from lstm_flax.training import (
     Keys,
     Metrics,
@@ -15,15 +26,21 @@ from lstm_flax.training import (
 )
 
 __all__ = [
+    "GRUCell",
+    "GRUStack",
     "Keys",
     "LSTMCell",
     "LSTMClassifier",
     "LSTMStack",
     "Metrics",
+    "RNNCell",
+    "RNNStack",
     "SequenceClassifier",
     "create_train_state",
     "eval_step",
     "evaluate",
+    "from_torch",
+    "to_torch",
     "train_step",
     "train_steps",
 ]

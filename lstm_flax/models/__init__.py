@@ -1,7 +1,19 @@
-"""The recurrent layers and the classifier on top of them."""
+"""The recurrent layers, the classifier on top of them, and PyTorch's weights."""
 
-from lstm_flax.models.cells import LSTMCell
+from lstm_flax.models.cells import GRUCell, LSTMCell, RNNCell
 from lstm_flax.models.classifier import LSTMClassifier, SequenceClassifier
-from lstm_flax.models.stack import LSTMStack
+from lstm_flax.models.stack import GRUStack, LSTMStack, RNNStack
+from lstm_flax.models.torch_weights import from_torch, to_torch
 
-__all__ = ["LSTMCell", "LSTMClassifier", "LSTMStack", "SequenceClassifier"]
+__all__ = [
+    "GRUCell",
+    "GRUStack",
+    "LSTMCell",
+    "LSTMClassifier",
+    "LSTMStack",
+    "RNNCell",
+    "RNNStack",
+    "SequenceClassifier",
+    "from_torch",
+    "to_torch",
+]

@@ -4,31 +4,51 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from lstm_flax.models.cells import at_least_float32
-from lstm_flax.models.stack import LSTMStack
+from lstm_flax.models.stack import LSTMStack, RecurrentStack
 
 
 class SequenceClassifier(nn.Module):
     """Logits from the last output of a recurrent core.
 
     Attributes:
-        core: the recurrent layers, called as `core(x, deterministic=...) -> (outputs, carry)`;
-            its parameters are `params["core"]`.
-        num_classes: logits; the dense layer's parameters are `params["head"]`.
+        core: an `LSTMStack`, `RNNStack` or `GRUStack`; its parameters are `params["core"]`.
+        num_classes: number of logits; the dense layer's parameters are `params["head"]`.
         dtype: of the dense layer's product; the logits never have less than float32.
     """
 
-    core: nn.Module
+    core: RecurrentStack
     num_classes: int
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """Classify sequences x, [batch, time, features], into logits [batch, num_classes]."""
-        outputs, _ = self.core(x, deterministic=deterministic)
-        head = nn.Dense(self.num_classes, dtype=self.dtype, name="head")
-        logits = head(outputs[:, -1])
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        seq_lengths: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Classify sequences into logits [batch, num_classes].
+
+        Args:
+            x: [batch, time, features], or time first if the core has it so.
+            seq_lengths: [batch], as for the core; the last valid output is each sequence's own.
+            deterministic: switches dropout off.
+        """
+        outputs, _ = self.core(x, seq_lengths=seq_lengths, deterministic=deterministic)
+        if self.core.time_major:
+            outputs = jnp.swapaxes(outputs, 0, 1)
+        if seq_lengths is None:
+            last = outputs[:, -1]
+        else:
+            last = outputs[jnp.arange(outputs.shape[0]), jnp.asarray(seq_lengths) - 1]
+        head = nn.Dense(
+            self.num_classes, dtype=self.dtype, param_dtype=self.core.param_dtype, name="head"
+        )
+        logits = head(last)
         return logits.astype(at_least_float32(logits.dtype))
 
 

@@ -1,104 +1,316 @@
-"""A stack of recurrent layers: every layer's cell inside one `nn.scan` over time."""
+"""Stacks of recurrent layers: cells inside `nn.scan` over time, with PyTorch's calls and shapes.
 
-from typing import Any
+Everything that the three kinds of stack share is here, once: layers, directions, lengths, dropout,
+zoneout and the initial carry. What differs, one step of one layer, is in the cells.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.nn.initializers import Initializer
 
-from lstm_flax.models.cells import LSTMCarry, LSTMCell, forget_gate_ones
+from lstm_flax.models.cells import GRUCell, LSTMCell, RecurrentCell, RNNCell, forget_gate_ones
+
+Carry = Any
+"""`h`, or for the LSTM `(h, c)`; in a stack each has a leading axis of layers x directions."""
 
 
-class _StackStep(nn.Module):
-    """One time step of all layers: each reads the output of the one below it."""
+class _Step(nn.Module):
+    """One time step of some layers, each of which reads the output of the one below it."""
 
-    cells: tuple[LSTMCell, ...]
+    cells: tuple[RecurrentCell, ...]
     dropout: float
+    zoneout: Carry  # rates, shaped as a cell's carry
+    deterministic: bool
 
     @nn.compact
     def __call__(
-        self, carries: tuple[LSTMCarry, ...], x: jax.Array, deterministic: bool
-    ) -> tuple[tuple[LSTMCarry, ...], jax.Array]:
+        self,
+        carries: tuple[Carry, ...],
+        x: jax.Array,
+        is_valid: jax.Array | None,
+        hidden_masks: tuple[jax.Array | None, ...],
+    ) -> tuple[tuple[Carry, ...], jax.Array]:
         advanced = []
-        for layer, (cell, carry) in enumerate(zip(self.cells, carries, strict=True)):
+        for layer, (cell, carry, mask) in enumerate(
+            zip(self.cells, carries, hidden_masks, strict=True)
+        ):
             if layer > 0:
-                x = nn.Dropout(self.dropout, deterministic=deterministic)(x)
-            carry, x = cell(carry, x)
-            advanced.append(carry)
+                x = nn.Dropout(self.dropout, deterministic=self.deterministic)(x)
+            new = jax.tree.map(self._zone_out, self.zoneout, carry, cell(carry, x, mask))
+            if is_valid is not None:
+                new = jax.tree.map(lambda n, o: jnp.where(is_valid[:, None], n, o), new, carry)
+            advanced.append(new)
+            x = cell.hidden(new)
+        if is_valid is not None:
+            x = jnp.where(is_valid[:, None], x, jnp.zeros_like(x))
         return tuple(advanced), x
 
+    def _zone_out(self, rate: float, old: jax.Array, new: jax.Array) -> jax.Array:
+        """Keep units as they were: at random in training, in the mean otherwise."""
+        if rate == 0:
+            return new
+        if self.deterministic:
+            return rate * old + (1 - rate) * new
+        kept = jax.random.bernoulli(self.make_rng("dropout"), rate, new.shape)
+        return jnp.where(kept, old, new)
 
-class LSTMStack(nn.Module):
-    """`num_layers` LSTM layers over a sequence, with the call and the shapes of `torch.nn.LSTM`.
 
-    The parameters of layer k are `params["l{k}"]`, as `LSTMCell` describes them.
-
-    Attributes:
-        hidden_size: units of each layer.
-        num_layers: layers, the output of one being the input of the next.
-        dropout: fraction of each layer's output that is dropped on its way to the next layer,
-            with a new mask at each time step; needs an rng named "dropout".
-        kernel_init, recurrent_init, bias_init, dtype, param_dtype: `LSTMCell`'s.
-    """
+class RecurrentStack(nn.Module):
+    """What all stacks share; see `LSTMStack` for the call and the attributes."""
 
     hidden_size: int
     num_layers: int = 1
+    bidirectional: bool = False
+    use_bias: bool = True
     dropout: float = 0.0
+    recurrent_dropout: float = 0.0
+    zoneout: float = 0.0
+    layer_norm: bool = False
+    time_major: bool = False
     kernel_init: Initializer = nn.initializers.glorot_uniform()
     recurrent_init: Initializer = nn.initializers.orthogonal()
-    bias_init: Initializer = forget_gate_ones
+    bias_init: Initializer = nn.initializers.zeros
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    precision: Any = None
+
+    def make_cell(self, name: str) -> RecurrentCell:
+        """Make the cell of one layer and direction."""
+        raise NotImplementedError
+
+    def zoneout_rates(self) -> Carry:
+        """The zoneout rates, shaped as a cell's carry."""
+        return self.zoneout
+
+    def _cell_options(self) -> dict[str, Any]:
+        names = (
+            "use_bias", "layer_norm", "kernel_init", "recurrent_init", "bias_init", "dtype",
+            "param_dtype", "precision",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, initial_carry: LSTMCarry | None = None, *, deterministic: bool = True
-    ) -> tuple[jax.Array, LSTMCarry]:
-        """Run the whole sequence.
+        self,
+        x: jax.Array,
+        initial_carry: Carry | None = None,
+        *,
+        seq_lengths: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, Carry]:
+        """Run whole sequences.
 
         Args:
-            x: [batch, time, features].
-            initial_carry: `(h_0, c_0)`, each [num_layers, batch, hidden_size]; zeros if None.
-            deterministic: switches dropout off.
+            x: [batch, time, features], or [time, batch, features] with `time_major`.
+            initial_carry: `(h_0, c_0)`, or `h_0` where the cell has one state, each
+                [num_layers * directions, batch, its size]; zeros if None.
+            seq_lengths: [batch], integers from 1 to time: steps of each right-padded sequence.
+                Padding reaches neither outputs, which are zero there, nor the carry, nor any
+                gradient; the reverse direction starts at each sequence's own end. Under a
+                transformation, where lengths can't be checked, one beyond time counts as time,
+                and one below 1 leaves the initial carry and zero outputs.
+            deterministic: switches dropout and zoneout's sampling off.
 
         Returns:
-            `(outputs, (h_n, c_n))`: the top layer's output at every step, [batch, time,
-            hidden_size], and every layer's final states, each [num_layers, batch, hidden_size].
+            `(outputs, carry)`: the top layer's output at every step, [batch, time,
+            size * directions], forward before reverse, and the final states of every layer and
+            direction, shaped as `initial_carry`, in PyTorch's order.
+
+        Raises:
+            ValueError: x, a state of `initial_carry` or `seq_lengths` is misshapen, or a length
+                is out of range.
         """
-        cells = tuple(
-            LSTMCell(
-                self.hidden_size,
-                self.kernel_init,
-                self.recurrent_init,
-                self.bias_init,
-                self.dtype,
-                self.param_dtype,
-                name=f"l{layer}",
-            )
+        if x.ndim != 3:
+            raise ValueError(f"x has shape {x.shape}, not [batch, time, features]")
+        time_axis = 0 if self.time_major else 1
+        batch, time = x.shape[1 - time_axis], x.shape[time_axis]
+        is_valid = None
+        if seq_lengths is not None:
+            steps = jnp.arange(time, dtype=jnp.int32)
+            lengths = _check_lengths(seq_lengths, batch, time)
+            is_valid = steps[:, None] < lengths if self.time_major else steps < lengths[:, None]
+            # Not even a NaN in the padding may come back as 0 x NaN in a gradient.
+            x = jnp.where(is_valid[:, :, None], x, jnp.zeros_like(x))
+
+        directions = ("", "_reverse") if self.bidirectional else ("",)
+        layers = [
+            [self.make_cell(f"l{layer}{direction}") for direction in directions]
             for layer in range(self.num_layers)
+        ]
+        cells = [cell for layer in layers for cell in layer]
+        carries = [cell.initial_carry(batch) for cell in cells]
+        if initial_carry is not None:
+            carries = _split_layers(initial_carry, carries)
+
+        def scan(x, cells, carries, reverse=False):
+            step = nn.scan(
+                _Step,
+                variable_broadcast="params",
+                variable_axes={"gates": time_axis},
+                split_rngs={"params": False, "dropout": True},
+                in_axes=(time_axis, time_axis, nn.broadcast),
+                out_axes=time_axis,
+                reverse=reverse,
+            )(tuple(cells), self.dropout, self.zoneout_rates(), deterministic)
+            masks = tuple(self._hidden_mask(cell, batch, deterministic) for cell in cells)
+            return step(tuple(carries), x, is_valid, masks)
+
+        if not self.bidirectional:
+            # All layers advance together, in one scan.
+            final, x = scan(x, cells, carries)
+            return x, _join_layers(final)
+
+        final = ()
+        for k, (forward, backward) in enumerate(layers):
+            if k > 0:
+                x = nn.Dropout(self.dropout, deterministic=deterministic)(x)
+            there, left = scan(x, [forward], carries[2 * k : 2 * k + 1])
+            back, right = scan(x, [backward], carries[2 * k + 1 : 2 * k + 2], reverse=True)
+            final += (*there, *back)
+            x = jnp.concatenate([left, right], axis=-1)
+        return x, _join_layers(final)
+
+    def _hidden_mask(
+        self, cell: RecurrentCell, batch: int, deterministic: bool
+    ) -> jax.Array | None:
+        """One dropout mask a sequence for `h_{t-1}`, scaled so that its mean is one."""
+        if deterministic or self.recurrent_dropout == 0:
+            return None
+        keep = 1 - self.recurrent_dropout
+        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, (batch, cell.output_size))
+        return kept.astype(cell.compute_dtype) / keep
+
+
+class LSTMStack(RecurrentStack):
+    """`num_layers` LSTM layers over sequences, with the call and the shapes of `torch.nn.LSTM`.
+
+    The parameters of layer k are `params["l{k}"]`, and `params["l{k}_reverse"]` for its reverse
+    direction, as `LSTMCell` describes them.
+
+        >>> import jax, jax.numpy as jnp
+        >>> from lstm_flax import LSTMStack
+        >>> lstm = LSTMStack(hidden_size=16, num_layers=2, bidirectional=True)
+        >>> x = jnp.ones((3, 7, 5))
+        >>> params = lstm.init(jax.random.key(0), x)["params"]
+        >>> outputs, (h_n, c_n) = lstm.apply(
+        ...     {"params": params}, x, seq_lengths=jnp.array([7, 2, 4])
+        ... )
+        >>> outputs.shape, h_n.shape, c_n.shape
+        ((3, 7, 32), (4, 3, 16), (4, 3, 16))
+        >>> _, kept = lstm.apply({"params": params}, x, mutable="gates")
+        >>> kept["gates"]["l0"]["forget"].shape
+        (3, 7, 16)
+
+    Attributes:
+        hidden_size: units of each layer and direction.
+        num_layers: layers, the output of one being the input of the next.
+        bidirectional: also run each layer from the end to the start, with parameters of its own.
+        use_bias: add biases.
+        dropout: fraction of each layer's output that is dropped on its way to the next layer,
+            with a new mask at each time step, as in PyTorch. This and what follows draws from the
+            rng "dropout".
+        recurrent_dropout: fraction of `h_{t-1}` that is dropped on its way into the gates, with
+            one mask a sequence (Gal and Ghahramani, "A Theoretically Grounded Application of
+            Dropout in Recurrent Neural Networks", 2016).
+        zoneout: probability that a unit of `h` stays as it was a step ago (Krueger et al.,
+            "Zoneout", 2017); their mean in evaluation.
+        zoneout_cell: the same for `c`.
+        layer_norm: the LayerNorm LSTM, see `lstm_flax.models.cells`.
+        proj_size: features that `h` is projected to; 0 projects nothing.
+        time_major: time is the first axis of x and of the outputs.
+        kernel_init, recurrent_init, bias_init, dtype, param_dtype, precision: the cell's.
+    """
+
+    bias_init: Initializer = forget_gate_ones
+    zoneout_cell: float = 0.0
+    proj_size: int = 0
+
+    def make_cell(self, name: str) -> LSTMCell:
+        """Make the cell of one layer and direction."""
+        return LSTMCell(
+            self.hidden_size, proj_size=self.proj_size, name=name, **self._cell_options()
         )
-        zeros = tuple(cell.initial_carry(x.shape[0]) for cell in cells)
-        carries = zeros if initial_carry is None else _split_layers(initial_carry, zeros)
 
-        scan = nn.scan(
-            _StackStep,
-            variable_broadcast="params",
-            split_rngs={"params": False, "dropout": True},
-            in_axes=(1, nn.broadcast),
-            out_axes=1,
+    def zoneout_rates(self) -> tuple[float, float]:
+        """The rates for `(h, c)`."""
+        return self.zoneout, self.zoneout_cell
+
+
+class RNNStack(RecurrentStack):
+    """Vanilla RNN layers, as `torch.nn.RNN`: `LSTMStack`'s call, but the carry is `h` alone.
+
+        >>> import jax, jax.numpy as jnp
+        >>> from lstm_flax import RNNStack
+        >>> (outputs, h_n), _ = RNNStack(16, 2, nonlinearity="relu").init_with_output(
+        ...     jax.random.key(0), jnp.ones((3, 7, 5))
+        ... )
+        >>> outputs.shape, h_n.shape
+        ((3, 7, 16), (2, 3, 16))
+
+    Attributes:
+        nonlinearity: "tanh" or "relu".
+    """
+
+    nonlinearity: Literal["tanh", "relu"] = "tanh"
+
+    def make_cell(self, name: str) -> RNNCell:
+        """Make the cell of one layer and direction."""
+        return RNNCell(
+            self.hidden_size, nonlinearity=self.nonlinearity, name=name, **self._cell_options()
         )
-        carries, outputs = scan(cells, self.dropout, name="scan")(carries, x, deterministic)
-        return outputs, jax.tree.map(lambda *layers: jnp.stack(layers), *carries)
 
 
-def _split_layers(initial_carry: LSTMCarry, like: tuple[LSTMCarry, ...]) -> tuple[LSTMCarry, ...]:
-    """`(h_0, c_0)` as one carry a layer, in the dtypes that the cells keep."""
-    expected = (len(like), *like[0][0].shape)
-    for name, state in zip(("h_0", "c_0"), initial_carry, strict=True):
-        if state.shape != expected:
-            raise ValueError(f"initial_carry: {name} has shape {state.shape}, not {expected}")
-    return tuple(
+class GRUStack(RecurrentStack):
+    """GRU layers, as `torch.nn.GRU`: `LSTMStack`'s call, but the carry is `h` alone.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from lstm_flax import GRUStack
+    >>> (outputs, h_n), _ = GRUStack(16).init_with_output(jax.random.key(0), jnp.ones((3, 7, 5)))
+    >>> outputs.shape, h_n.shape
+    ((3, 7, 16), (1, 3, 16))
+    """
+
+    def make_cell(self, name: str) -> GRUCell:
+        """Make the cell of one layer and direction."""
+        return GRUCell(self.hidden_size, name=name, **self._cell_options())
+
+
+def _check_lengths(seq_lengths: jax.Array, batch: int, time: int) -> jax.Array:
+    lengths = jnp.asarray(seq_lengths)
+    if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(
+            f"seq_lengths has shape {lengths.shape} and dtype {lengths.dtype}, "
+            f"not ({batch},) and integers"
+        )
+    if not isinstance(lengths, jax.core.Tracer):
+        wrong = np.asarray(lengths)[(np.asarray(lengths) < 1) | (np.asarray(lengths) > time)]
+        if wrong.size:
+            raise ValueError(f"seq_lengths must lie in 1..{time}, but has {wrong.tolist()}")
+    return lengths.astype(jnp.int32)
+
+
+def _split_layers(initial_carry: Carry, like: Sequence[Carry]) -> list[Carry]:
+    """A stack's carry as one carry a cell, in the dtypes that the cells keep."""
+    stacked = _join_layers(like)
+    given, expected = jax.tree.structure(initial_carry), jax.tree.structure(stacked)
+    if given != expected:
+        raise ValueError(f"initial_carry has the structure {given}, not {expected}")
+    names = ("h_0", "c_0")
+    for name, state, zeros in zip(
+        names, jax.tree.leaves(initial_carry), jax.tree.leaves(stacked), strict=False
+    ):
+        if state.shape != zeros.shape:
+            raise ValueError(f"initial_carry: {name} has shape {state.shape}, not {zeros.shape}")
+    return [
         jax.tree.map(lambda state, zero, k=k: state[k].astype(zero.dtype), initial_carry, zeros)
         for k, zeros in enumerate(like)
-    )
+    ]
+
+
+def _join_layers(carries: Sequence[Carry]) -> Carry:
+    return jax.tree.map(lambda *states: jnp.stack(states), *carries)

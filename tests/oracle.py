@@ -7,8 +7,18 @@ of the inputs and the parameters under those cotangents. All are float64.
 
 import numpy as np
 
-from lstm_flax import GRUStack, LSTMStack, RNNStack, from_torch, to_torch
+from lstm_flax import (
+    GRUCell,
+    GRUStack,
+    LSTMCell,
+    LSTMStack,
+    RNNCell,
+    RNNStack,
+    from_torch,
+    to_torch,
+)
 
+CELLS = {"LSTM": LSTMCell, "GRU": GRUCell, "RNN": RNNCell}
 STACKS = {"LSTM": LSTMStack, "GRU": GRUStack, "RNN": RNNStack}
 DEFAULTS = {
     "kind": "LSTM", "num_layers": 1, "bidirectional": False, "proj_size": 0, "use_bias": True,
@@ -92,14 +102,24 @@ def run_torch(case, seed=0):
     return {name: t.detach().numpy() for name, t in tensors.items()} | {"lengths": lengths}
 
 
-def make_stack(case, **more):
-    case = DEFAULTS | case
-    options = {name: case[name] for name in ("num_layers", "bidirectional", "use_bias")}
+def cell_options(case):
+    options = {"use_bias": case["use_bias"]}
     if case["kind"] == "RNN":
         options["nonlinearity"] = case["nonlinearity"]
     if case["kind"] == "LSTM":
         options["proj_size"] = case["proj_size"]
-    return STACKS[case["kind"]](case["hidden"], **options, **more)
+    return options
+
+
+def make_cell(case):
+    case = DEFAULTS | case
+    return CELLS[case["kind"]](case["hidden"], **cell_options(case))
+
+
+def make_stack(case, **more):
+    case = DEFAULTS | case
+    options = {name: case[name] for name in ("num_layers", "bidirectional")}
+    return STACKS[case["kind"]](case["hidden"], **options, **cell_options(case), **more)
 
 
 def run_ours(case, arrays, dtype):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import DEFAULTS, GOLDEN_CASES, assert_agree, make_stack, run_ours, run_torch
+from oracle import DEFAULTS, GOLDEN_CASES, assert_agree, make_cell, make_stack, run_ours, run_torch
 
 from lstm_flax import LSTMClassifier, LSTMStack, from_torch, to_torch
 
@@ -77,12 +77,10 @@ def test_any_combination_equals_torch(case, seed, dtype):
 
 def loop_over_one_sequence(case, params, x, carries):
     """One sequence [time, features] as plain Python loops over the cell; a carry a cell."""
-    stack = make_stack(case)
-    final = []
+    cell, final = make_cell(case), []
     for layer in range(case["num_layers"]):
         sides = []
         for direction in ("", "_reverse")[: 1 + case["bidirectional"]]:
-            cell = stack.make_cell(None)
             variables = {"params": params[f"l{layer}{direction}"]}
             carry = jax.tree.map(lambda a: a[None], carries[len(final)])
             outputs = []

@@ -112,19 +112,24 @@ class RecurrentCell(nn.Module):
         return carry
 
     def products(self, h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`(x W_ih + b, h W_hh)`, each [batch, num_gates * hidden_size], in `state_dtype`."""
-        width = self.num_gates * self.hidden_size
-        from_x = self._product("ih", self.kernel_init, x, width)
-        from_h = self._product("hh", self.recurrent_init, h, width)
-        if self.use_bias:
-            bias = self.param("bias", self.bias_init, (width,), self.param_dtype)
-            from_x = from_x + bias.astype(self.state_dtype)
-        return from_x, from_h
+        """`(x W_ih, h W_hh)`, each [batch, num_gates * hidden_size], in `state_dtype`."""
+        return (
+            self._product("ih", self.kernel_init, x),
+            self._product("hh", self.recurrent_init, h),
+        )
 
-    def _product(self, name: str, init: Initializer, operand: jax.Array, width: int) -> jax.Array:
-        gates = width // self.hidden_size
-        shape = (operand.shape[-1], width)
-        kernel = self.param(f"kernel_{name}", per_gate(init, gates), shape, self.param_dtype)
+    def bias(self, name: str = "bias", init: Initializer | None = None, gates: int = 0) -> Any:
+        """The bias over all gates, or over so many, in `state_dtype`; 0 without `use_bias`."""
+        if not self.use_bias:
+            return 0
+        shape = ((gates or self.num_gates) * self.hidden_size,)
+        bias = self.param(name, init or self.bias_init, shape, self.param_dtype)
+        return bias.astype(self.state_dtype)
+
+    def _product(self, name: str, init: Initializer, operand: jax.Array) -> jax.Array:
+        shape = (operand.shape[-1], self.num_gates * self.hidden_size)
+        init = per_gate(init, self.num_gates)
+        kernel = self.param(f"kernel_{name}", init, shape, self.param_dtype)
         operand, kernel = promote_dtype(operand, kernel, dtype=self.compute_dtype)
         product = jnp.dot(
             operand, kernel, precision=self.precision, preferred_element_type=self.state_dtype
@@ -196,7 +201,7 @@ class LSTMCell(RecurrentCell):
         """Advance one step: carry as above, x [batch, features], hidden_mask scales `h_{t-1}`."""
         h, c = carry
         from_x, from_h = self.products(_masked(h, hidden_mask), x)
-        i, f, g, o = jnp.split(from_x + from_h, 4, axis=-1)
+        i, f, g, o = jnp.split(from_x + from_h + self.bias(), 4, axis=-1)
         i, f, g, o = nn.sigmoid(i), nn.sigmoid(f), jnp.tanh(g), nn.sigmoid(o)
         c = f * c + i * g
         self.show(input=i, forget=f, candidate=g, output=o, cell=c)
@@ -234,7 +239,7 @@ class RNNCell(RecurrentCell):
         """Advance one step: carry as above, x [batch, features], hidden_mask scales `h_{t-1}`."""
         from_x, from_h = self.products(_masked(carry, hidden_mask), x)
         activation = {"tanh": jnp.tanh, "relu": nn.relu}[self.nonlinearity]
-        h = activation(from_x + from_h).astype(self.compute_dtype)
+        h = activation(from_x + from_h + self.bias()).astype(self.compute_dtype)
         self.show(hidden=h)
         return h
 
@@ -258,14 +263,10 @@ class GRUCell(RecurrentCell):
     ) -> jax.Array:
         """Advance one step: carry as above, x [batch, features], hidden_mask scales `h_{t-1}`."""
         from_x, from_h = self.products(_masked(carry, hidden_mask), x)
-        x_r, x_z, x_n = jnp.split(from_x, 3, axis=-1)
+        x_r, x_z, x_n = jnp.split(from_x + self.bias(), 3, axis=-1)
         h_r, h_z, h_n = jnp.split(from_h, 3, axis=-1)
-        if self.use_bias:
-            zeros = nn.initializers.zeros
-            bias = self.param("bias_hn", zeros, (self.hidden_size,), self.param_dtype)
-            h_n = h_n + bias.astype(self.state_dtype)
         r, z = nn.sigmoid(x_r + h_r), nn.sigmoid(x_z + h_z)
-        n = jnp.tanh(x_n + r * h_n)
+        n = jnp.tanh(x_n + r * (h_n + self.bias("bias_hn", nn.initializers.zeros, gates=1)))
         self.show(reset=r, update=z, candidate=n)
         h = (1 - z) * n + z * carry.astype(self.state_dtype)
         return h.astype(self.compute_dtype)

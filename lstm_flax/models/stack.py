@@ -298,7 +298,7 @@ def _split_layers(initial_carry: Carry, like: Sequence[Carry]) -> list[Carry]:
     """A stack's carry as one carry a cell, in the dtypes that the cells keep."""
     stacked = _join_layers(like)
     given, expected = jax.tree.structure(initial_carry), jax.tree.structure(stacked)
-    if given != expected:
+    if given != expected:  # type: ignore[operator]  # jaxlib declares no __ne__
         raise ValueError(f"initial_carry has the structure {given}, not {expected}")
     names = ("h_0", "c_0")
     for name, state, zeros in zip(

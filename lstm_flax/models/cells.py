@@ -140,7 +140,11 @@ class RecurrentCell(nn.Module):
 
     def _norm(self, name: str, use_bias: bool) -> nn.LayerNorm:
         return nn.LayerNorm(
-            use_bias=use_bias, dtype=self.state_dtype, param_dtype=self.param_dtype, name=name
+            use_bias=use_bias,
+            dtype=self.state_dtype,
+            param_dtype=self.param_dtype,
+            use_fast_variance=False,  # E[x²] - E[x]² cancels
+            name=name,
         )
 
     def show(self, **gates: jax.Array) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -51,14 +51,41 @@ class Config:
     """Of everything random: parameters, order of the images, held-out images, noise."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the matrix products; parameters, cell states and sums stay float32."""
+    checkpoint_every: str = "60s"
+    """Save within an epoch too: every 500 (steps) or 60s (seconds); 0: at its end alone."""
+    shard_optimizer: bool = False
+    """Let each device keep a share of AdamW's moments, in place of all of them."""
+    distributed: bool = False
+    """This is one of several processes that train one model; start each of them with this flag."""
+    coordinator: str | None = None
+    """With --distributed, where JAX can't find it by itself: HOST:PORT of the first process."""
+    num_processes: int | None = None
+    """With --coordinator: how many processes there are."""
+    process_id: int | None = None
+    """With --coordinator: which of them this is; 0 is the first."""
     eval_only: bool = False
     """Evaluate the result's checkpoint on the test set, write eval.json, train nothing."""
     step: int | None = None
     """With --eval-only: evaluate the checkpoint of this step instead."""
 
+    @property
+    def save_interval(self) -> tuple[int | None, float | None]:
+        """`--checkpoint-every` in steps and in seconds, of which one at least is None.
 
-# What says where and how to look at a run, and is no part of what the run is.
-_NOT_OF_THE_RUN = ("workdir", "data_dir", "manual_dir", "eval_only", "step")
+        Raises:
+            ValueError: it is neither.
+        """
+        every = self.checkpoint_every
+        if every.endswith("s"):
+            return None, float(every.removesuffix("s")) or None
+        return int(every) or None, None
+
+
+# What says where a run is, how it is kept and on what machines; it does not change what it learns.
+_NOT_OF_THE_RUN = (
+    "workdir", "data_dir", "manual_dir", "checkpoint_every", "shard_optimizer", "distributed",
+    "coordinator", "num_processes", "process_id", "eval_only", "step",
+)  # fmt: skip
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:
@@ -87,17 +114,21 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     config = tyro.cli(Config, prog=prog, args=argv, default=run)
     if config.dataset == "auto":
         config = dataclasses.replace(config, dataset=run.dataset)
-    differences = [
-        f"--{name.replace('_', '-')} is {getattr(config, name)}, the run's is {value}"
-        for name, value in of_the_run(run).items()
-        if name != "epochs" and getattr(config, name) != value
-    ]
-    if differences:
+    if differing := differences(config, of_the_run(run)):
         raise ConfigError(
-            f"{config.workdir} holds another run: {'; '.join(differences)}; "
+            f"{config.workdir} holds another run: {'; '.join(differing)}; "
             f"give the run's values or another --workdir"
         )
     return config
+
+
+def differences(config: Config, run: dict[str, Any]) -> list[str]:
+    """Say in what a configuration differs from a run's own, but for how long it trains."""
+    return [
+        f"--{name.replace('_', '-')} is {value}, the run's is {run.get(name)}"
+        for name, value in of_the_run(config).items()
+        if name != "epochs" and value != run.get(name)
+    ]
 
 
 def of_the_run(config: Config) -> dict[str, int | float | str | bool]:
@@ -119,6 +150,14 @@ def _check_bounds(config: Config) -> None:
     _check(config, "dropout", 0 <= config.dropout < 1, "at least 0 and less than 1")
     workdir = config.workdir
     _check(config, "workdir", workdir.is_dir() or not workdir.exists(), "a folder")
+    try:
+        is_interval = all(value is None or value > 0 for value in config.save_interval)
+    except ValueError:
+        is_interval = False
+    _check(config, "checkpoint_every", is_interval, "steps, as in 500, or seconds, as in 60s")
+    for name in ("coordinator", "num_processes", "process_id"):
+        given = getattr(config, name) is not None
+        _check(config, name, config.distributed or not given, "given with --distributed")
     _check(config, "step", config.step is None or config.eval_only, "given with --eval-only")
 
 

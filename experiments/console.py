@@ -1,11 +1,39 @@
 """What a run shows to the person who watches it."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from scipy.stats import binomtest
 from tqdm import tqdm
+
+
+def warn(message: str) -> None:
+    """Say what the run could deal with and a person should know."""
+    if jax.process_index() == 0:
+        print(f"warning: {message}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def without_echoes() -> Iterator[None]:
+    """Leave out the tracebacks that TensorStore's threads print after a failed save.
+
+    Orbax raises the failure itself, and closes the event loop that its other writes report to.
+    """
+    shown = sys.excepthook
+
+    def show(kind, error, traceback):
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            shown(kind, error, traceback)
+
+    sys.excepthook = show
+    try:
+        yield
+    finally:
+        sys.excepthook = shown
 
 
 class Progress:
@@ -18,7 +46,7 @@ class Progress:
             unit=" images",
             unit_scale=True,
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=jax.process_index() > 0 or not sys.stderr.isatty(),
         )
 
     def __enter__(self) -> "Progress":

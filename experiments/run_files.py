@@ -1,13 +1,23 @@
 """The files that a run keeps in its workdir, beside Orbax's checkpoints."""
 
+import contextlib
+import fcntl
 import hashlib
+import itertools
 import json
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
+
+
+class RunFilesError(Exception):
+    """A workdir can't be used; the message says why and what to do."""
 
 
 def config_path(workdir: Path) -> Path:
@@ -31,9 +41,20 @@ def checkpoints_path(workdir: Path) -> Path:
 
 
 def read_config(workdir: Path) -> dict[str, Any] | None:
-    """Return the configuration of the run in `workdir`, or None where there is none."""
+    """Return the configuration of the run in `workdir`, or None where there is none.
+
+    Raises:
+        RunFilesError: config.json is there and can't be read.
+    """
     path = config_path(workdir)
-    return json.loads(path.read_text()) if path.exists() else None
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunFilesError(
+            f"{path} can't be read ({error}); move it away and give the run's own flags"
+        ) from error
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -41,32 +62,68 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     _replace(path, json.dumps(values, indent=2) + "\n")
 
 
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Return the epochs' metrics so far; a last line that was cut off is left out."""
-    path = metrics_path(workdir)
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")[:-1]  # what follows the last line end is cut off
-    return [json.loads(line) for line in lines]
+def write_metrics(workdir: Path, records: list[dict[str, Any]]) -> None:
+    """Bring the metrics to where a run resumes, whatever the file held."""
+    _replace(metrics_path(workdir), "".join(json.dumps(record) + "\n" for record in records))
 
 
 def append_metrics(workdir: Path, record: dict[str, Any]) -> None:
     """Add an epoch's metrics."""
-    with metrics_path(workdir).open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    path = metrics_path(workdir)
+    if is_writer():
+        with _writing(path), path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
 
-def rewind_metrics(workdir: Path, last: dict[str, Any] | None) -> None:
-    """Bring the metrics to where a run resumes: up to and with the checkpoint's own record.
+def set_aside(workdir: Path, steps: list[int]) -> Path:
+    """Move damaged checkpoints out of the way, and return the folder where they are now."""
+    folder = workdir / "damaged"
+    if is_writer():
+        folder.mkdir(exist_ok=True)
+        for step in steps:
+            numbers = itertools.count(1)
+            target = folder / str(step)
+            while target.exists():
+                target = folder / f"{step}-{next(numbers)}"
+            (checkpoints_path(workdir) / str(step)).rename(target)
+    multihost_utils.sync_global_devices("damaged checkpoints are out of the way")
+    return folder
 
-    Args:
-        workdir: the run's.
-        last: the record in the checkpoint; None, where there is none, leaves no line.
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """Make the workdir, and keep other runs out of it; the kernel frees a dead run's lock.
+
+    Raises:
+        RunFilesError: a live run has it, or it can't be written.
     """
-    records = []
-    if last is not None:
-        records = [r for r in read_metrics(workdir) if r["step"] < last["step"]] + [last]
-    _replace(metrics_path(workdir), "".join(json.dumps(r) + "\n" for r in records))
+    if not is_writer():
+        yield
+        return
+    with _writing(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / ".lock").open("a+")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise RunFilesError(
+                f"--workdir {workdir} is in use by another run ({file.read()}); "
+                f"wait for it, stop it, or give another --workdir"
+            ) from error
+        except OSError:
+            pass  # some network file systems have no locks
+        with _writing(workdir):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        yield
+
+
+def is_writer() -> bool:
+    """Whether this process is the one, of all that train together, that writes files."""
+    return jax.process_index() == 0
 
 
 def params_sha256(params: Any) -> str:
@@ -82,6 +139,17 @@ def params_sha256(params: Any) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
+    if not is_writer():
+        return
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    with _writing(path):
+        partial.write_text(text)
+        os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunFilesError(f"{path} can't be written ({error.strerror})") from error

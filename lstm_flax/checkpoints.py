@@ -1,103 +1,308 @@
-"""Checkpoints of a run: state, config and metrics as one Orbax composite a step."""
+"""Checkpoints of a run: a tree of arrays and JSON values about it, as one Orbax composite a step.
 
+Orbax writes a checkpoint into a temporary folder and renames it when it is whole. What may happen
+to its files afterwards, on a failing disk or in a copy, it does not notice: float32 weights with a
+flipped byte are float32 weights. So each checkpoint carries a fingerprint of each of its arrays
+and a digest of its JSON values, and what does not match them is not restored.
+
+Nothing here executes code from a checkpoint: arrays are restored into the shapes and dtypes of a
+tree that the caller gives, and all else is JSON.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
-from flax.training.train_state import TrainState
+import tensorstore as ts
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 
 class CheckpointError(Exception):
-    """A checkpoint is not there or can't be used; the message says which, and what there is."""
+    """A checkpoint is not there, or can't be used or written; the message says which and why."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint is not as it was saved, or was saved by something else."""
 
 
 class Restored(NamedTuple):
     """What a checkpoint holds."""
 
-    state: TrainState
-    config: dict[str, Any]
-    metrics: dict[str, Any]
+    step: int
+    tree: Any
+    about: dict[str, Any]
 
 
-def merit(metrics: dict[str, Any]) -> tuple[float, int]:
+def merit(metrics: dict[str, Any], step: int) -> tuple[float, int]:
     """What makes a checkpoint the run's result: validation accuracy, or else being the last.
 
     Of equally accurate ones the later is better. Test figures play no part.
     """
-    return metrics.get("validation_accuracy", 0.0), metrics["step"]
+    return metrics.get("validation_accuracy", 0.0), step
 
 
+@contextlib.contextmanager
 def open_checkpoints(
     directory: Path, *, keep: int = 3, read_only: bool = False
-) -> ocp.CheckpointManager:
-    """Open a run's checkpoints; use it as a context manager, which waits for pending saves.
+) -> Iterator[ocp.CheckpointManager]:
+    """Open a run's checkpoints; closing them waits for what is still being written.
 
     Args:
-        directory: made where it does not exist, unless `read_only`.
+        directory: made where it does not exist, unless `read_only`; temporary folders that a
+            killed run left in it are removed, unless `read_only`.
         keep: how many of the latest to keep, beside the one with the most merit.
         read_only: change nothing on disk.
+
+    Raises:
+        CheckpointError: on closing, where the last save failed.
     """
-    policy = preservation_policy.AnyPreservationPolicy(
-        [
-            preservation_policy.LatestN(keep),
-            preservation_policy.BestN(get_metric_fn=merit, n=1),
-        ]
-    )
+    policies = [preservation_policy.LatestN(keep), _Best(directory.absolute())]
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=policy, best_fn=merit, create=not read_only, read_only=read_only
+        preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+        create=not read_only,
+        read_only=read_only,
+        cleanup_tmp_directories=not read_only,
     )
-    return ocp.CheckpointManager(directory.absolute(), options=options)
+    manager = ocp.CheckpointManager(directory.absolute(), options=options)
+    try:
+        yield manager
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            manager.close()
+        raise
+    with _saving(manager):
+        manager.close()
 
 
 def save(
     manager: ocp.CheckpointManager,
-    state: TrainState,
-    config: dict[str, Any],
-    metrics: dict[str, Any],
+    step: int,
+    tree: Any,
+    about: dict[str, Any],
+    metrics: dict[str, Any] | None = None,
 ) -> None:
-    """Start saving a checkpoint of `state.step`; it is written while training goes on.
+    """Start saving a checkpoint; it is written while training goes on.
 
     Args:
         manager: from `open_checkpoints`.
-        state: its arrays may be donated as soon as this returns.
-        config: the run's, as JSON values.
-        metrics: the epoch's, as JSON values; `merit` judges them.
+        step: its name; larger than that of every other checkpoint.
+        tree: of arrays, which may be donated as soon as this returns.
+        about: what else belongs to it, as JSON values.
+        metrics: what `merit` judges, as JSON values.
+
+    Raises:
+        CheckpointError: this save can't be started, or the one before it failed.
     """
-    manager.save(
-        int(state.step),
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config)
-        ),
-        metrics=metrics,
-    )
+    leaves = _describe(tree)
+    for leaf, fingerprint in zip(leaves.values(), _fingerprints(tree), strict=True):
+        leaf["fingerprint"] = int(fingerprint)
+    values = {"about": about, "metrics": metrics or {}, "leaves": leaves}
+    with _saving(manager):
+        manager.save(
+            step,
+            args=ocp.args.Composite(
+                tree=ocp.args.StandardSave(tree),
+                about=ocp.args.JsonSave(values | {"sha256": _digest(values)}),
+            ),
+        )
 
 
-def restore(manager: ocp.CheckpointManager, like: TrainState, step: int) -> Restored:
+def wait(manager: ocp.CheckpointManager) -> None:
+    """Wait until all checkpoints are on disk.
+
+    Raises:
+        CheckpointError: a save failed.
+    """
+    with _saving(manager):
+        manager.wait_until_finished()
+
+
+def best_step(manager: ocp.CheckpointManager) -> int | None:
+    """The step with the most `merit`, of those whose description is intact; None without any."""
+    return _best(manager.directory, manager.all_steps())
+
+
+def restore(manager: ocp.CheckpointManager, like: Any, step: int) -> Restored:
     """Restore the checkpoint of a step.
 
     Args:
         manager: from `open_checkpoints`.
-        like: a state of the same structure; gives shapes, dtypes and where the arrays shall lie,
+        like: a tree of the same structure; gives shapes, dtypes and where the arrays shall lie,
             which may be other devices than those that saved them.
-        step: `manager.latest_step()`, `manager.best_step()` (see `merit`) or any other.
+        step: `manager.latest_step()`, `best_step(manager)` or any other.
 
     Raises:
-        CheckpointError: there is no checkpoint of that step.
+        DamagedError: the checkpoint is not as it was saved.
+        CheckpointError: there is no checkpoint of that step, or its tree is not as `like`.
     """
     if step not in manager.all_steps():
         steps = ", ".join(map(str, sorted(manager.all_steps()))) or "none"
         raise CheckpointError(
             f"no checkpoint of step {step} in {manager.directory}; there are: {steps}"
         )
+    values = _read_about(manager.directory, step)
+    fingerprints = [leaf.pop("fingerprint") for leaf in values["leaves"].values()]
+    _check_leaves(step, values["leaves"], _describe(like))
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    restored = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract),
-            config=ocp.args.JsonRestore(),
-            metrics=ocp.args.JsonRestore(),
-        ),
+    try:
+        _read_through(manager.directory / str(step) / "tree", num_arrays=len(fingerprints))
+        arguments = ocp.args.Composite(tree=ocp.args.StandardRestore(abstract))
+        tree = manager.restore(step, args=arguments)["tree"]
+    except Exception as error:  # whatever Orbax and TensorStore make of the remains
+        raise DamagedError(f"step {step}: {_brief(error)}") from error
+    if not np.array_equal(_fingerprints(tree), np.array(fingerprints, np.uint32)):
+        raise DamagedError(f"step {step}: its arrays do not match their fingerprints")
+    return Restored(step, tree, values["about"])
+
+
+def restore_first(
+    manager: ocp.CheckpointManager, like: Any, steps: Sequence[int]
+) -> tuple[Restored, list[DamagedError]]:
+    """Restore the first of several checkpoints that is as it was saved.
+
+    Args:
+        manager: from `open_checkpoints`.
+        like: as for `restore`.
+        steps: which to try, in this order.
+
+    Returns:
+        What was restored, and why each one before it was not.
+
+    Raises:
+        CheckpointError: none of them can be restored.
+    """
+    damages: list[DamagedError] = []
+    for step in steps:
+        try:
+            return restore(manager, like, step), damages
+        except DamagedError as damage:
+            damages.append(damage)
+    reasons = "; ".join(map(str, damages)) or "there are none"
+    raise CheckpointError(f"no checkpoint in {manager.directory} can be restored: {reasons}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Best(preservation_policy.PreservationPolicy):
+    """Keep the checkpoint with the most merit.
+
+    It is found in the checkpoints themselves: Orbax's own metrics, once damaged, keep even the
+    intact checkpoints from being opened.
+    """
+
+    directory: Path
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """Say of each checkpoint, by Orbax's protocol, whether it is the best of all."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = _best(self.directory, steps)
+        return [step == best for step in steps]
+
+
+def _best(directory: Path, steps: Iterable[int]) -> int | None:
+    merits = {}
+    for step in steps:
+        with contextlib.suppress(DamagedError):
+            merits[step] = merit(_read_about(directory, step)["metrics"], step)
+    return max(merits, key=merits.__getitem__, default=None)
+
+
+def _read_about(directory: Path, step: int) -> dict[str, Any]:
+    """What `save` wrote about a checkpoint, checked against its digest."""
+    try:
+        values = json.loads((directory / str(step) / "about" / "metadata").read_text())
+        is_intact = values.pop("sha256") == _digest(values)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise DamagedError(f"step {step}: its description can't be read ({error})") from error
+    if not is_intact:
+        raise DamagedError(f"step {step}: its description does not match its digest")
+    return values
+
+
+def _describe(tree: Any) -> dict[str, dict[str, Any]]:
+    """Shape and dtype of each leaf, by its path, in the order of `jax.tree.leaves`."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): {
+            "shape": list(leaf.shape),
+            "dtype": str(leaf.dtype),
+        }
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _check_leaves(step: int, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if saved == wanted:
+        return
+    name = next(n for n in [*saved, *wanted] if saved.get(n) != wanted.get(n))
+    there, here = (
+        f"{leaf['dtype']}{leaf['shape']}" if (leaf := leaves.get(name)) else "absent"
+        for leaves in (saved, wanted)
     )
-    return Restored(restored["state"], restored["config"], restored["metrics"])
+    raise CheckpointError(f"step {step} is of another model: {name} is {there} there, {here} here")
+
+
+@jax.jit
+def _fingerprints(tree: Any) -> jax.Array:
+    """One uint32 a leaf: the sum of its bytes, each times an odd number of its own.
+
+    Sums of integers are the same on every kind and number of devices, and no odd multiple of a
+    byte's change is zero modulo 2**32, so that not one changed byte goes unseen.
+    """
+
+    def fingerprint(leaf: jax.Array) -> jax.Array:
+        octets = leaf.reshape(-1).view(jnp.uint8).astype(jnp.uint32)
+        weights = 2 * jnp.arange(octets.size, dtype=jnp.uint32) + 1
+        return jnp.sum(octets * weights, dtype=jnp.uint32)
+
+    return jnp.stack([fingerprint(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def _read_through(database: Path, num_arrays: int) -> None:
+    """Read all of a saved tree, so that what can't be read is found here.
+
+    TensorStore says so in an exception; Orbax, which reads all arrays at once, also lets the
+    others that were under way write pages of tracebacks.
+    """
+    for description in (database / "array_metadatas").iterdir():
+        for entry in json.loads(description.read_text())["array_metadatas"]:
+            if not {"param_name", "write_shape", "ext_metadata"} <= entry["array_metadata"].keys():
+                raise ValueError(f"{description.name} is damaged")
+    store = {"driver": "ocdbt", "base": f"file://{database}/"}
+    keys = [key.decode() for key in ts.KvStore.open(store).result().list().result()]
+    paths = [key.removesuffix(".zarray") for key in keys if key.endswith(".zarray")]
+    if len(paths) != num_arrays:
+        raise ValueError(f"holds {len(paths)} of {num_arrays} arrays")
+    for path in paths:
+        ts.open({"driver": "zarr", "kvstore": store | {"path": path}}).result().read().result()
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _brief(error: Exception) -> str:
+    """An error in few words; of TensorStore's chains of causes, the operating system's own."""
+    text = str(error)
+    if cause := re.search(r"([^:]*) \[os_error_code", text):
+        return cause[1].strip()
+    return next(iter(text.strip().splitlines()), type(error).__name__)[:200]
+
+
+@contextlib.contextmanager
+def _saving(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Turn whatever a save fails with into one line."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(
+            f"a checkpoint can't be written to {manager.directory} ({_brief(error)}); "
+            f"those written before are untouched"
+        ) from error

@@ -86,11 +86,39 @@ def replicate(tree: Any) -> Any:
     return jax.device_put(tree, NamedSharding(jax.sharding.get_mesh(), P()))
 
 
+def spread_state(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Let each device of the mesh in force keep its share of the optimiser's state.
+
+    Without it each keeps all of it. The updates are the same; each step gathers them (Rajbhandari
+    et al., "ZeRO", 2020, stage 1). What no axis of can be shared equally stays whole.
+    """
+
+    def init(params):
+        return _constrain(tx.init(params), _share)
+
+    def update(updates, state, params=None, **more):
+        updates, state = tx.update(updates, state, params, **more)
+        return _constrain(updates, lambda leaf: P()), _constrain(state, _share)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _share(leaf: jax.Array) -> P:
+    """Split the first axis that the devices can share equally."""
+    devices = jax.sharding.get_abstract_mesh().size
+    axis = next((k for k, size in enumerate(leaf.shape) if size % devices == 0), None)
+    return P() if axis is None else P(*[None] * axis, "data")
+
+
+def _constrain(tree: Any, spec: Callable[[jax.Array], P]) -> Any:
+    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, spec(leaf)), tree)
+
+
 def _split_over_devices(batch: Batch) -> Batch:
     """Under `jax.set_mesh`, give each device its share of the batch."""
     if jax.sharding.get_abstract_mesh().empty:
         return batch
-    return jax.lax.with_sharding_constraint(batch, P("data"))
+    return _constrain(batch, lambda array: P("data"))
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
@@ -115,7 +143,7 @@ def onecycle_adamw(
 def create_train_state(
     model: nn.Module, tx: optax.GradientTransformation, sample: jax.Array, key: jax.Array
 ) -> TrainState:
-    """Fresh parameters and optimiser state at step 0.
+    """Fresh parameters and optimiser state at step 0, under `jax.set_mesh` whole on each device.
 
     Args:
         model: called as `model(x, deterministic=...)`, x being [batch, time, features].
@@ -123,10 +151,11 @@ def create_train_state(
         sample: any input of the right shape and dtype; only those matter.
         key: PRNG key of the initialisers.
     """
-    params = model.init(key, sample)["params"]
+    place = (lambda tree: tree) if jax.sharding.get_abstract_mesh().empty else replicate
+    params = place(jax.jit(model.init)(key, sample)["params"])
     state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
     # An array from the start: a Python 0 would compile every step function twice.
-    return state.replace(step=jnp.zeros((), jnp.int32))
+    return state.replace(step=place(jnp.zeros((), jnp.int32)))
 
 
 def to_sequence(images: jax.Array) -> jax.Array:
@@ -169,6 +198,12 @@ def eval_step(state: TrainState, batch: Batch) -> Metrics:
     """Metrics of one batch, without dropout or augmentation."""
     logits = state.apply_fn({"params": state.params}, to_sequence(batch["image"]))
     return Metrics.of(logits, batch["label"], batch["mask"])
+
+
+@jax.jit
+def is_finite(tree: Any) -> jax.Array:
+    """Whether no number in a tree is NaN or infinite, as a bool array []."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def _take_batch(data: Batch, order: jax.Array, index: jax.Array, batch_size: int) -> Batch:

@@ -28,3 +28,18 @@ def strict_dtypes():
     """No silent promotion in our own layers; optax's optimisers rely on some."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture
+def run(data_dir, capsys):
+    """Run the experiment's command line in this process; returns `(status, output, error)`."""
+    from experiments import mnist_lstm
+
+    def run(*flags):
+        try:
+            status = mnist_lstm.main(["--data-dir", str(data_dir), *map(str, flags)])
+        except SystemExit as exit_:
+            status = exit_.code
+        return status, *capsys.readouterr()
+
+    return run

@@ -7,6 +7,7 @@ itself may have prepared in the same folder: `mnist/pixels/3.0.1` beside `mnist/
 """
 
 import gzip
+import math
 import urllib.parse
 from collections.abc import Iterator
 
@@ -41,8 +42,16 @@ def _numbered(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, dic
         yield index, {"image": image, "label": int(label)}
 
 
-def _read_idx(path, header_bytes: int) -> np.ndarray:
-    return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header_bytes)
+def _read_idx(path, *item_shape: int) -> np.ndarray:
+    """Read an IDX file of bytes: its items, each of this shape, along the first axis."""
+    content = gzip.decompress(path.read_bytes())
+    rank = 1 + len(item_shape)
+    header = np.frombuffer(content, ">i4", count=1 + rank)  # magic, then the axes' sizes
+    items = np.frombuffer(content, np.uint8, offset=header.nbytes)
+    shape = tuple(header[1:].tolist())
+    if header[0] != 0x0800 + rank or shape[1:] != item_shape or items.size != math.prod(shape):
+        raise ValueError(f"{path} holds no images of 28x28 or no labels")
+    return items.reshape(shape)
 
 
 class _IdxBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -64,8 +73,8 @@ class _IdxBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         }
 
     def _generate_examples(self, images_path, labels_path):
-        images = _read_idx(images_path, header_bytes=16).reshape(-1, 28, 28, 1)
-        yield from _numbered(images, _read_idx(labels_path, header_bytes=8))
+        images = _read_idx(images_path, 28, 28)[..., None]
+        yield from _numbered(images, _read_idx(labels_path))
 
 
 class MNIST(_IdxBuilder, tfds.image_classification.MNIST, skip_registration=True):

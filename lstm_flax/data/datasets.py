@@ -1,9 +1,11 @@
 """Prepare a dataset with tfds, and read its splits into memory."""
 
 import contextlib
+import fcntl
 import io
+import shutil
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,15 +55,21 @@ def prepare(
     if builder.is_prepared():
         return builder
     if name == "mnist5k":
-        return _generate(builder, None, tell)
-    if manual_dir is not None:
+        manual_dir = None
+    elif manual_dir is not None:
         _check_manual_dir(manual_dir)
     elif (obstacle := _unreachable(builder.URL)) is not None:
         raise DataError(
             f"{name} is not in {builder.data_dir} and can't be downloaded ({obstacle}); put its "
             f"four .gz files into a folder and name that with --manual-dir"
         )
-    return _generate(builder, manual_dir, tell)
+    with _alone_in(builder.data_path.parent) as folder:
+        builder = _builder(name, data_dir)
+        if not builder.is_prepared():  # by another process, while this one waited
+            for leftover in folder.glob("incomplete.*"):
+                shutil.rmtree(leftover)
+            _generate(builder, manual_dir, tell)
+    return builder
 
 
 def prepare_auto(
@@ -90,7 +98,28 @@ def prepare_auto(
 
 
 def read_split(builder: tfds.core.DatasetBuilder, split: str) -> Split:
-    """Read a whole split, "train" or "test", of a prepared dataset into memory."""
+    """Read a whole split, "train" or "test", of a prepared dataset into memory.
+
+    Raises:
+        DataError: what was prepared is damaged or not all there.
+    """
+    try:
+        examples = _read_records(builder, split)
+        expected = builder.info.splits[split].num_examples
+        if len(examples.labels) != expected:
+            raise ValueError(f"there are {len(examples.labels)} of {expected} images")
+        if not (examples.labels.min() >= 0 and examples.labels.max() <= 9):
+            raise ValueError("there are labels outside 0 to 9")
+    except Exception as error:  # array_record has no exceptions of its own
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"the {split} images in {builder.data_path} can't be read ({reason}); delete that "
+            f"folder, and they are prepared anew"
+        ) from error
+    return examples
+
+
+def _read_records(builder: tfds.core.DatasetBuilder, split: str) -> Split:
     source = builder.as_data_source(
         split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
     )
@@ -100,7 +129,7 @@ def read_split(builder: tfds.core.DatasetBuilder, split: str) -> Split:
     pixels = b"".join(example["image"].bytes_list.value[0] for example in examples)
     labels = [example["label"].int64_list.value[0] for example in examples]
     return Split(
-        np.frombuffer(pixels, np.uint8).reshape(-1, 28, 28), np.array(labels, dtype=np.int32)
+        np.frombuffer(pixels, np.uint8).reshape(len(labels), 28, 28), np.array(labels, np.int32)
     )
 
 
@@ -133,12 +162,33 @@ def hold_out(split: Split, size: int, seed: int) -> tuple[Split, Split]:
 
 
 def _builder(name: str, data_dir: Path | None) -> tfds.core.DatasetBuilder:
-    return BUILDERS[name](data_dir=data_dir, file_format="array_record")
+    try:
+        return BUILDERS[name](data_dir=data_dir, file_format="array_record")
+    except Exception as error:  # it reads what was prepared about the dataset
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"what was prepared of {name} can't be read ({reason}); delete the folder {name} in "
+            f"{data_dir or tfds.core.constants.DATA_DIR}, and it is prepared anew"
+        ) from error
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[Path]:
+    """Make a folder, and wait until no other process is in this context with it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise DataError(f"data can't be prepared in {folder}: {error.strerror}") from error
+    with file:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield folder
 
 
 def _generate(
     builder: tfds.core.DatasetBuilder, manual_dir: Path | None, tell: Callable[[str], None]
-) -> tfds.core.DatasetBuilder:
+) -> None:
     tell(f"preparing {builder.name} in {builder.data_dir}")
     config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
     tfds.disable_progress_bar()  # six bars for two seconds
@@ -149,10 +199,9 @@ def _generate(
         # The first line names the address and the file, the others the two checksums.
         what = str(error).splitlines()[0].rstrip(":")
         raise DataError(f"{what}: damaged, cut off, or another dataset's; get it anew") from error
-    except (OSError, EOFError, tfds.download.DownloadError) as error:
+    except (OSError, EOFError, ValueError, tfds.download.DownloadError) as error:
         why = " ".join(str(error).split())
         raise DataError(f"{builder.name} could not be prepared: {why}") from error
-    return builder
 
 
 def _check_manual_dir(manual_dir: Path) -> None:

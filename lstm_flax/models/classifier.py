@@ -46,7 +46,11 @@ class SequenceClassifier(nn.Module):
         else:
             last = outputs[jnp.arange(outputs.shape[0]), jnp.asarray(seq_lengths) - 1]
         head = nn.Dense(
-            self.num_classes, dtype=self.dtype, param_dtype=self.core.param_dtype, name="head"
+            self.num_classes,
+            dtype=self.dtype,
+            param_dtype=self.core.param_dtype,
+            precision=self.core.precision,
+            name="head",
         )
         logits = head(last)
         return logits.astype(at_least_float32(logits.dtype))

@@ -1,0 +1,114 @@
+"""A run that was cut off, in whatever way, ends as one that was not."""
+
+import contextlib
+import random
+import signal
+import subprocess
+
+import pytest
+from runs import SMALL, finish, read_eval, read_lines, read_until, start, without_times
+
+FLAGS = ["--epochs", "30", "--dropout", "0.1", "--checkpoint-every", "5"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data_dir, tmp_path_factory):
+    """The workdir of a run that nobody disturbed."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    finish(data_dir, workdir, *FLAGS)
+    return workdir
+
+
+def assert_ended_alike(workdir, uninterrupted):
+    assert read_eval(workdir) == read_eval(uninterrupted)  # the SHA-256 of the weights included
+    assert without_times(workdir) == without_times(uninterrupted)
+
+
+def test_twenty_kills_at_random_moments_change_nothing(uninterrupted, tmp_path):
+    """From the first preparation of the data to the last save, wherever the kill may fall."""
+    workdir, data_dir = tmp_path / "run", tmp_path / "data"
+    rng = random.Random(0)
+    # Up to which line the run is let go on, and for how many seconds after it.
+    moments = [("preparing", 0.5), ("", 4.0)]
+    moments += [("data", 2.0), ("compiled", 0.4), ("epoch", 0.2)] * 6
+    outputs = []
+    for beginning, longest in moments:
+        process = start(data_dir, workdir, *FLAGS)
+        lines = read_until(process, beginning) if beginning else []
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=rng.uniform(0, longest))
+        process.kill()
+        outputs.append("".join(lines) + process.stdout.read())
+        process.stdout.close()
+        assert process.wait() == -signal.SIGKILL, outputs[-1]
+    assert sum("resuming from step" in output for output in outputs) >= 8
+    assert not any("error" in output or "warning" in output for output in outputs), outputs
+
+    assert "resuming from step" in finish(data_dir, workdir, *FLAGS)
+    assert_ended_alike(workdir, uninterrupted)
+    kept = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+    assert kept == ["410", "415", "420"]  # and nothing half-written
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_the_step_and_exits(data_dir, uninterrupted, tmp_path, number, status):
+    flags = [*FLAGS, "--checkpoint-every", "0"]
+    process = start(data_dir, tmp_path, *flags)
+    read_until(process, "epoch  3/30")
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=10)
+    assert process.returncode == status
+    assert f"stopped by {number.name}: the same command goes on from there" in output
+    assert "Traceback" not in output
+
+    assert "resuming from step" in finish(data_dir, tmp_path, *flags)
+    assert_ended_alike(tmp_path, uninterrupted)
+
+
+def test_a_second_ctrl_c_stops_at_once_and_loses_nothing_saved(data_dir, uninterrupted, tmp_path):
+    process = start(data_dir, tmp_path, *FLAGS)
+    read_until(process, "epoch  3/30")
+    process.send_signal(signal.SIGINT)
+    read_until(process, "stopping after this step")
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "Traceback" not in output
+    assert "resuming from step" in finish(data_dir, tmp_path, *FLAGS)
+    assert_ended_alike(tmp_path, uninterrupted)
+
+
+def test_a_signal_before_training_ends_the_run_at_once(data_dir, tmp_path):
+    process = start(data_dir, tmp_path / "run", *FLAGS)
+    read_until(process, "device")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=10)
+    assert process.returncode == 143
+    assert "Traceback" not in output
+
+
+def test_checkpoints_within_an_epoch_are_taken_by_steps_or_by_time(run, tmp_path):
+    def saved(workdir, every):
+        flags = [*SMALL, "--epochs", 1, "--checkpoint-every", every]
+        assert run("--workdir", workdir, *flags)[0] == 0
+        return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+    assert saved(tmp_path / "steps", 4) == [8, 12, 14]
+    assert saved(tmp_path / "never", 0) == [14]
+    assert len(saved(tmp_path / "seconds", "0.000001s")) > 1
+
+
+def test_epoch_figures_of_a_run_cut_within_it_cover_the_whole_epoch(
+    data_dir, uninterrupted, tmp_path
+):
+    """The loss is summed over all its images, the time over both of its parts."""
+    process = start(data_dir, tmp_path, *FLAGS)
+    read_until(process, "epoch  1/30")
+    process.kill()
+    process.communicate()
+    finish(data_dir, tmp_path, *FLAGS)
+    ours, whole = read_lines(tmp_path), read_lines(uninterrupted)
+    for line, expected in zip(ours, whole, strict=True):
+        assert line["train_loss"] == expected["train_loss"]
+        assert line["images_per_second"] > 0
+        assert line["seconds"] > 0

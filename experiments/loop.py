@@ -8,6 +8,7 @@ first one writes the files.
 
 import math
 import time
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -151,7 +152,6 @@ def train(run: Run, position: Position, stop: StopRequests) -> None:
         CheckpointError: a checkpoint can't be written.
     """
     config, images = run.config, len(run.datasets["train"]["label"])
-    run_files.write_json(run_files.config_path(config.workdir), of_the_run(config))
     run_files.write_metrics(config.workdir, position.records)
 
     started = time.perf_counter()
@@ -175,15 +175,16 @@ def train(run: Run, position: Position, stop: StopRequests) -> None:
 
 def compile_train_steps(run: Run, position: Position):
     """Compile `training.train_steps` ahead of time, so that no figure holds compile time."""
-    return training.train_steps.lower(
-        position.state,
-        position.metrics,
-        run.datasets["train"],
-        run.keys,
-        np.int32(1),
+    take_steps = partial(
+        training.train_steps,
         batch_size=run.config.batch_size,
         augment=random_affine if run.config.augment else None,
-    ).compile()
+    )
+    before = (position.state, position.metrics)
+    # What comes out lies on the devices as what went in, so that it can go in again.
+    layout = jax.tree.map(lambda array: array.sharding, before)
+    jitted = jax.jit(take_steps, donate_argnums=(0, 1), out_shardings=layout)
+    return jitted.lower(*before, run.datasets["train"], run.keys, np.int32(1)).compile()
 
 
 def train_epoch(

@@ -21,7 +21,7 @@ import numpy as np
 from flax.training.train_state import TrainState
 
 from experiments import loop, run_files
-from experiments.config import Config, ConfigError, parse
+from experiments.config import Config, ConfigError, of_the_run, parse
 from experiments.console import print_summary, warn, without_echoes
 from experiments.loop import Position, Run, TrainingError
 from experiments.run_files import RunFilesError
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        return failed(f"another process was lost ({str(error).splitlines()[0]}); start all again")
+        return failed(str(error).splitlines()[0])
     except Stopped as stopped:
         print(f"stopped by {stopped}: the same command goes on from there", file=sys.stderr)
         return 128 + stopped.signal
@@ -56,15 +56,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def failed(message: str) -> int:
     """Say in one line why the experiment ends; returns the exit status."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    if jax.process_count() > 1:
-        os._exit(2)  # JAX would wait for the other processes, and those perhaps for this one
-    return 2
+    if jax.process_count() == 1:
+        print(f"error: {message}", file=sys.stderr)
+        return 2
+    hint = "if another process was lost, start all of them again: they go on from the last save"
+    print(f"error: {message}; {hint}", file=sys.stderr, flush=True)
+    os._exit(2)  # JAX would wait for the other processes, and those perhaps for this one
 
 
 def run(config: Config, stop: StopRequests) -> None:
     """Train, or go on training, then evaluate the result; or only evaluate."""
     if config.distributed:
+        # Else JAX would take SIGTERM for itself; `loop.Pace` tells all processes of it.
+        jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
             config.coordinator,
             config.num_processes,
@@ -172,9 +176,9 @@ def describe(run: Run, position: Position) -> None:
 
 def train(run: Run, fresh: Position, stop: StopRequests) -> None:
     """Train from the newest intact checkpoint, or from the start, to the last epoch."""
-    position = loop.resume(run, fresh)
-    epochs = run.config.epochs
-    if len(position.records) >= epochs:
+    position, config = loop.resume(run, fresh), run.config
+    run_files.write_json(run_files.config_path(config.workdir), of_the_run(config))
+    if len(position.records) >= config.epochs:
         print(f"run     finished at step {position.step}; evaluating it")
         return
     if position.step:

@@ -301,6 +301,8 @@ def _saving(manager: ocp.CheckpointManager) -> Iterator[None]:
     """Turn whatever a save fails with into one line."""
     try:
         yield
+    except jax.errors.JaxRuntimeError:
+        raise  # the devices failed, or another process did, and not the save
     except Exception as error:
         raise CheckpointError(
             f"a checkpoint can't be written to {manager.directory} ({_brief(error)}); "

@@ -98,7 +98,7 @@ def spread_state(tx: optax.GradientTransformation) -> optax.GradientTransformati
 
     def update(updates, state, params=None, **more):
         updates, state = tx.update(updates, state, params, **more)
-        return _constrain(updates, lambda leaf: P()), _constrain(state, _share)
+        return _whole(updates), _constrain(state, _share)
 
     return optax.GradientTransformation(init, update)
 
@@ -110,15 +110,20 @@ def _share(leaf: jax.Array) -> P:
     return P() if axis is None else P(*[None] * axis, "data")
 
 
-def _constrain(tree: Any, spec: Callable[[jax.Array], P]) -> Any:
-    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, spec(leaf)), tree)
+def _whole(tree: Any) -> Any:
+    """Under `jax.set_mesh`, keep all of each array on every device."""
+    return _constrain(tree, lambda leaf: P())
 
 
 def _split_over_devices(batch: Batch) -> Batch:
     """Under `jax.set_mesh`, give each device its share of the batch."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return batch
     return _constrain(batch, lambda array: P("data"))
+
+
+def _constrain(tree: Any, spec: Callable[[jax.Array], P]) -> Any:
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, spec(leaf)), tree)
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
@@ -190,7 +195,8 @@ def train_step(
         return metrics.loss, metrics
 
     grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
-    return state.apply_gradients(grads=grads), metrics
+    state = state.apply_gradients(grads=grads)
+    return state.replace(params=_whole(state.params)), metrics
 
 
 @jax.jit

@@ -1,0 +1,149 @@
+"""Faults: each gets one clear line and exit status 2, and what was saved stays good."""
+
+import json
+import random
+import shutil
+import subprocess
+
+import orbax.checkpoint as ocp
+import pytest
+from runs import SMALL, command, read_eval, start, without_times
+
+from experiments import run_files
+
+FLAGS = [*SMALL, "--epochs", 3]
+
+
+@pytest.fixture(scope="module")
+def finished(data_dir, tmp_path_factory):
+    """The workdir of a finished run of three epochs, 14 steps each."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    subprocess.run(command(data_dir, workdir, "--epochs", 3), check=True, capture_output=True)
+    return workdir
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+    """A copy of it, to be harmed."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def refused(outcome, message):
+    """Whether a run ended with this message, in one line."""
+    status, output, error = outcome
+    assert status == 2, output + error
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert "Traceback" not in output + error
+    return True
+
+
+def flip_a_bit(folder):
+    largest = max(folder.rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[random.Random(0).randrange(len(content))] ^= 4
+    largest.write_bytes(content)
+
+
+def cut_off(folder):
+    largest = max(folder.rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize("harm", [flip_a_bit, cut_off])
+def test_a_damaged_checkpoint_is_said_and_the_one_before_goes_on(run, finished, workdir, harm):
+    harm(workdir / "checkpoints" / "42")
+    status, output, error = run("--workdir", workdir)
+    assert status == 0
+    assert error.startswith(f"warning: moved damaged checkpoints to {workdir}/damaged (step 42: ")
+    assert error.count("\n") == 1
+    assert "resuming from step 28, in epoch 3" in output
+    assert read_eval(workdir) == read_eval(finished)
+    assert without_times(workdir) == without_times(finished)
+    assert (workdir / "damaged" / "42").is_dir()  # moved, not deleted
+
+
+def test_evaluation_falls_back_too_and_changes_nothing(run, workdir):
+    flip_a_bit(workdir / "checkpoints" / "42")
+    status, _, error = run("--workdir", workdir, "--eval-only")
+    assert status == 0
+    assert error.startswith("warning: evaluating step 28 (step 42: ")
+    assert read_eval(workdir)["step"] == 28
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["14", "28", "42"]
+    refused(run("--workdir", workdir, "--eval-only", "--step", 42), "step 42: ")
+
+
+def test_where_all_checkpoints_are_damaged_each_is_named(run, workdir):
+    for step in (14, 28, 42):
+        flip_a_bit(workdir / "checkpoints" / str(step))
+    before = sorted(workdir.rglob("*"))
+    refused(run("--workdir", workdir), "can be restored: step 42: ")
+    assert sorted(workdir.rglob("*")) == before
+
+
+def test_a_step_that_is_not_there(run, workdir):
+    refused(run("--workdir", workdir, "--eval-only", "--step", 41), "there are: 14, 28, 42")
+
+
+def test_a_checkpoint_of_another_run(run, finished, workdir):
+    """With the run's own config.json gone, the checkpoints still know whose they are."""
+    (workdir / "config.json").unlink()
+    refused(run("--workdir", workdir, *FLAGS, "--seed", 1), "--seed is 1, the run's is 0")
+    refused(run("--workdir", workdir, *FLAGS, "--hidden-size", 32), "of another model")
+    assert run("--workdir", workdir, *FLAGS)[0] == 0
+    assert (workdir / "config.json").read_text() == (finished / "config.json").read_text()
+
+
+def test_a_checkpoint_of_an_unknown_layout(run, workdir):
+    shutil.rmtree(workdir / "checkpoints")
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+        manager.save(5, args=ocp.args.StandardSave({"weights": [1.0, 2.0]}))
+    refused(run("--workdir", workdir), "step 5: its description can't be read")
+
+
+def test_a_config_that_cannot_be_read(run, workdir):
+    path = workdir / "config.json"
+    path.write_text(path.read_text()[:50])
+    refused(run("--workdir", workdir), f"{path} can't be read")
+    path.write_text(json.dumps({"no_such_flag": 1}))
+    refused(run("--workdir", workdir), f"{path}: ")
+
+
+def test_metrics_that_were_harmed_are_written_anew_from_the_checkpoint(run, finished, workdir):
+    flip_a_bit(workdir / "checkpoints" / "42")  # so that there is something to train
+    (workdir / "metrics.jsonl").write_text('{"epoch": 1, "st')
+    assert run("--workdir", workdir)[0] == 0
+    assert without_times(workdir) == without_times(finished)
+
+
+def test_a_workdir_in_use_is_refused_until_its_owner_is_dead(data_dir, run, tmp_path):
+    process = start(data_dir, tmp_path, "--epochs", 1000)
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            break
+    outcome = run("--workdir", tmp_path, *FLAGS, "--epochs", 1000)
+    process.kill()
+    process.communicate()
+    refused(outcome, f"is in use by another run (process {process.pid} on ")
+    with run_files.lock(tmp_path):  # a dead owner's lock is free
+        pass
+
+
+def test_a_workdir_that_cannot_be_made(run):
+    refused(run("--workdir", "/proc/self/run", *FLAGS), "/proc/self/run can't be written (")
+
+
+def test_a_full_disk_during_a_save(data_dir, run, finished, workdir):
+    """The system's own limit on the size of a file, below that of a checkpoint's arrays."""
+    shutil.rmtree(workdir / "checkpoints" / "42")
+    limited = ["bash", "-c", 'ulimit -f 15; exec "$@"', "limited", *command(data_dir, workdir)]
+    ended = subprocess.run(limited, capture_output=True, text=True)
+    outcome = (ended.returncode, ended.stdout, ended.stderr)
+    refused(outcome, f"a checkpoint can't be written to {workdir}/checkpoints (File too large)")
+    # With room again the run goes on from the last good one, and ends as if nothing had been.
+    status, output, _ = run("--workdir", workdir)
+    assert status == 0
+    assert "resuming from step 28" in output
+    assert read_eval(workdir) == read_eval(finished)
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["14", "28", "42"]

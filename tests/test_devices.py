@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import finish, read_eval, read_lines, read_until, start
+from small_runs import finish, read_eval, read_lines, read_until, start
 
 FLAGS = ["--epochs", "3", "--batch-size", "200", "--dropout", "0.1"]
 # The sums over a batch are taken in another order; these are float32 and 60 steps.

@@ -7,7 +7,7 @@ import subprocess
 
 import orbax.checkpoint as ocp
 import pytest
-from runs import SMALL, command, read_eval, start, without_times
+from small_runs import SMALL, command, read_eval, start, without_times
 
 from experiments import run_files
 

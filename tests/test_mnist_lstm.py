@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import SMALL, command, read_eval, read_lines
+from small_runs import SMALL, command, read_eval, read_lines
 
 from experiments import mnist_lstm
 

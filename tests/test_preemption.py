@@ -6,7 +6,7 @@ import signal
 import subprocess
 
 import pytest
-from runs import SMALL, finish, read_eval, read_lines, read_until, start, without_times
+from small_runs import SMALL, finish, read_eval, read_lines, read_until, start, without_times
 
 FLAGS = ["--epochs", "30", "--dropout", "0.1", "--checkpoint-every", "5"]
 

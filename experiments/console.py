@@ -19,21 +19,21 @@ def warn(message: str) -> None:
 
 @contextlib.contextmanager
 def without_echoes() -> Iterator[None]:
-    """Leave out the tracebacks that TensorStore's threads print after a failed save.
+    """Leave out the tracebacks that Orbax's other writes print after one of them failed.
 
-    Orbax raises the failure itself, and closes the event loop that its other writes report to.
+    Orbax raises that failure itself, and closes the event loop that the others report to.
     """
-    shown = sys.excepthook
+    shown = sys.unraisablehook
 
-    def show(kind, error, traceback):
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-            shown(kind, error, traceback)
+    def show(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            shown(unraisable)
 
-    sys.excepthook = show
+    sys.unraisablehook = show
     try:
         yield
     finally:
-        sys.excepthook = shown
+        sys.unraisablehook = shown
 
 
 class Progress:

@@ -152,8 +152,6 @@ def train(run: Run, position: Position, stop: StopRequests) -> None:
         CheckpointError: a checkpoint can't be written.
     """
     config, images = run.config, len(run.datasets["train"]["label"])
-    run_files.write_metrics(config.workdir, position.records)
-
     started = time.perf_counter()
     take_steps = compile_train_steps(run, position)
     print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)

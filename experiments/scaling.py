@@ -1,0 +1,103 @@
+"""How the cost of a train step grows with batch, time, hidden size, layers and devices.
+
+    python -m experiments.scaling
+
+Measures a train step at four sizes of each, the others as in the MNIST experiment, and fits
+`seconds ~ size ** exponent`. Takes five minutes on 2 CPU cores. Devices are virtual ones, which
+share the machine's cores: they show what the division itself costs, not what more machines gain.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lstm_flax import LSTMClassifier, training
+
+BASE = {"batch": 128, "steps": 28, "hidden": 256, "layers": 2, "devices": 1}
+SIZES = {
+    "batch": [64, 128, 256, 512],
+    "steps": [28, 56, 112, 224],
+    "hidden": [128, 256, 512, 1024],
+    "layers": [1, 2, 3, 4],
+    "devices": [1, 2, 4, 8],
+}
+FEATURES = 28
+RUNS = 7  # of which the median counts
+
+
+def measure(batch: int, steps: int, hidden: int, layers: int) -> dict[str, float]:
+    """Median seconds of a train step, and the bytes that it needs on a device beside its state."""
+    with jax.set_mesh(training.data_mesh()):
+        rng = np.random.default_rng(0)
+        examples = {
+            "image": rng.integers(0, 256, (batch, steps, FEATURES), dtype=np.uint8),
+            "label": rng.integers(0, 10, batch, dtype=np.int32),
+            "mask": np.ones(batch, bool),
+        }
+        data = jax.device_put(examples, NamedSharding(jax.sharding.get_mesh(), P("data")))
+        key = training.replicate(jax.random.key(0))
+        tx = training.onecycle_adamw(1e-3, 1000, weight_decay=1e-2, clip_norm=1.0)
+        sample = jnp.zeros((1, steps, FEATURES))
+        state = training.create_train_state(LSTMClassifier(hidden, layers), tx, sample, key)
+        step = training.train_step.lower(state, data, key).compile()
+        seconds = [_seconds(step, state, data, key) for _ in range(RUNS + 1)][1:]
+        return {
+            "seconds": float(np.median(seconds)),
+            "bytes": step.memory_analysis().temp_size_in_bytes,  # type: ignore[union-attr]
+        }
+
+
+def _seconds(step, *arguments) -> float:
+    started = time.perf_counter()
+    jax.block_until_ready(step(*arguments))
+    return time.perf_counter() - started
+
+
+def measure_apart(sizes: dict[str, int]) -> dict[str, float]:
+    """`measure` in a process of its own, which has as many devices as asked for."""
+    sizes = dict(sizes)
+    devices = f"--xla_force_host_platform_device_count={sizes.pop('devices')}"
+    measured = subprocess.run(
+        [sys.executable, "-m", "experiments.scaling", json.dumps(sizes)],
+        env=os.environ | {"XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return json.loads(measured.stdout)
+
+
+def exponent(sizes: list[int], values: list[float]) -> float:
+    """Slope of the straight line through the logarithms."""
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+def main() -> None:
+    """Measure all sizes, and print a table in Markdown."""
+    print("| | sizes | milliseconds a train step | exponent | MB | exponent |")
+    print("| --- | --- | --- | ---: | --- | ---: |")
+    for name, sizes in SIZES.items():
+        measured: list[dict[str, Any]] = [measure_apart(BASE | {name: size}) for size in sizes]
+        seconds = [m["seconds"] for m in measured]
+        megabytes = [m["bytes"] / 1e6 for m in measured]
+        print(
+            f"| {name} | {', '.join(map(str, sizes))} "
+            f"| {', '.join(f'{1000 * s:.0f}' for s in seconds)} | {exponent(sizes, seconds):.2f} "
+            f"| {', '.join(f'{m:.0f}' for m in megabytes)} | {exponent(sizes, megabytes):.2f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(json.dumps(measure(**json.loads(sys.argv[1]))))
+    else:
+        main()

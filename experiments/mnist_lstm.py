@@ -205,7 +205,7 @@ def evaluate_result(run: Run, fresh: Position) -> None:
     if config.step is None:
         best = checkpoints.best_step(manager)
         others = sorted(manager.all_steps(), reverse=True)
-        steps = [step for step in (best, *others) if step is not None]
+        steps = list(dict.fromkeys(step for step in (best, *others) if step is not None))
         restored, damages = checkpoints.restore_first(manager, fresh.tree, steps)
         if damages:
             warn(f"evaluating step {restored.step} ({'; '.join(map(str, damages))})")

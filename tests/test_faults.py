@@ -71,6 +71,7 @@ def test_evaluation_falls_back_too_and_changes_nothing(run, workdir):
     status, _, error = run("--workdir", workdir, "--eval-only")
     assert status == 0
     assert error.startswith("warning: evaluating step 28 (step 42: ")
+    assert error.count("step 42") == 1
     assert read_eval(workdir)["step"] == 28
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["14", "28", "42"]
     refused(run("--workdir", workdir, "--eval-only", "--step", 42), "step 42: ")
@@ -82,6 +83,12 @@ def test_where_all_checkpoints_are_damaged_each_is_named(run, workdir):
     before = sorted(workdir.rglob("*"))
     refused(run("--workdir", workdir), "can be restored: step 42: ")
     assert sorted(workdir.rglob("*")) == before
+
+
+def test_evaluation_where_no_checkpoint_can_be_read_names_each(run, workdir):
+    for step in (14, 28, 42):
+        (workdir / "checkpoints" / str(step) / "about" / "metadata").unlink()
+    refused(run("--workdir", workdir, "--eval-only"), "can be restored: step 42: ")
 
 
 def test_a_step_that_is_not_there(run, workdir):

@@ -3,7 +3,7 @@
     python -m experiments.scaling
 
 Measures a train step at four sizes of each, the others as in the MNIST experiment, and fits
-`seconds ~ size ** exponent`. Takes five minutes on 2 CPU cores. Devices are virtual ones, which
+`seconds ~ size ** exponent`. Takes two minutes on 2 CPU cores. Devices are virtual ones, which
 share the machine's cores: they show what the division itself costs, not what more machines gain.
 """
 

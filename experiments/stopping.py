@@ -7,8 +7,11 @@ import threading
 from collections.abc import Iterator
 
 
-class Stopped(Exception):
-    """The run stops because a signal asked it to; `signal` is its number."""
+class Stopped(BaseException):
+    """The run stops because a signal asked it to; `signal` is its number.
+
+    Like KeyboardInterrupt no `Exception`, which whatever code the signal falls into may swallow.
+    """
 
     def __init__(self, signal_number: int):
         super().__init__(signal.Signals(signal_number).name)
@@ -28,11 +31,13 @@ class StopRequests:
 
     def __call__(self, signal_number: int, frame: object) -> None:
         """Handle a signal."""
-        if not self._is_deferred:
-            raise Stopped(signal_number)
         if self.asked:
             os._exit(128 + signal_number)
         self.asked = signal_number
+        if not self._is_deferred:
+            # Should this be lost, as in a destructor, where Python drops what is raised, then
+            # training will still see `asked`.
+            raise Stopped(signal_number)
         # Not print(), which may be what the signal interrupted.
         os.write(2, b"\nstopping after this step and saving; once more to stop at once\n")
 

@@ -4,9 +4,12 @@ import contextlib
 import random
 import signal
 import subprocess
+import sys
 
 import pytest
 from small_runs import SMALL, finish, read_eval, read_lines, read_until, start, without_times
+
+from experiments.stopping import stop_requests
 
 FLAGS = ["--epochs", "30", "--dropout", "0.1", "--checkpoint-every", "5"]
 
@@ -56,7 +59,7 @@ def test_a_signal_saves_the_step_and_exits(data_dir, uninterrupted, tmp_path, nu
     process = start(data_dir, tmp_path, *flags)
     read_until(process, "epoch  3/30")
     process.send_signal(number)
-    output, _ = process.communicate(timeout=10)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == status
     assert f"stopped by {number.name}: the same command goes on from there" in output
     assert "Traceback" not in output
@@ -71,7 +74,7 @@ def test_a_second_ctrl_c_stops_at_once_and_loses_nothing_saved(data_dir, uninter
     process.send_signal(signal.SIGINT)
     read_until(process, "stopping after this step")
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=10)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in output
     assert "resuming from step" in finish(data_dir, tmp_path, *FLAGS)
@@ -82,9 +85,20 @@ def test_a_signal_before_training_ends_the_run_at_once(data_dir, tmp_path):
     process = start(data_dir, tmp_path / "run", *FLAGS)
     read_until(process, "device")
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=10)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 143
     assert "Traceback" not in output
+
+
+def test_a_signal_that_falls_into_a_destructor_still_stops_the_run(monkeypatch):
+    class Destroyed:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: None)
+    with stop_requests() as stop:
+        Destroyed()
+        assert stop.asked == signal.SIGTERM
 
 
 def test_checkpoints_within_an_epoch_are_taken_by_steps_or_by_time(run, tmp_path):

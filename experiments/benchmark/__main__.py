@@ -1,0 +1,210 @@
+"""Compare LSTM implementations on the same work.
+
+    python -m experiments.benchmark [--quick] [--json FILE] [--plot FILE.png]
+    python -m experiments.benchmark --job [--manual-dir FOLDER]
+
+Prints tables in Markdown. The figure that counts is how many times as fast as each peer this
+project is: the median over rounds, in each of which all peers have a turn, and its quartiles.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from tqdm import tqdm
+
+from experiments.benchmark import job as jobs
+from experiments.benchmark import report
+from experiments.benchmark.cases import QUICK, STAR, Case, parse_case
+from experiments.benchmark.measure import MODES, Settings, measure
+from experiments.benchmark.peers import OURS, PEERS
+
+
+class UsageError(Exception):
+    """A flag's value can't be used; the message names the flag."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags, with their defaults."""
+
+    peers: tuple[str, ...] = tuple(PEERS)
+    """Whom to compare with; this project is always there."""
+    implementations: tuple[str, ...] = ()
+    """Of this project, by name, each as a peer too; without them it chooses one by itself."""
+    cases: tuple[str, ...] = ()
+    """Sizes as they differ from the centre, such as batch=1 hidden=64,layers=3; none: a star."""
+    quick: bool = False
+    """Three cases of the star."""
+    rounds: int = 7
+    """Turns of each peer, for each case and mode."""
+    seconds: float = 0.5
+    """How long a turn takes, about, in seconds; at least one call."""
+    memory: bool = True
+    """Measure memory too, in a fresh process for each figure."""
+    job: bool = False
+    """Run whole jobs instead: start, one epoch, time to 99% of the test images."""
+    job_rounds: int = 3
+    """With --job: epochs of each side, in turn; from the second on it is compiled already."""
+    dataset: Literal["auto", "mnist", "fashion_mnist", "kmnist", "mnist5k"] = "auto"
+    """With --job: what to learn, as for experiments.mnist_lstm."""
+    data_dir: Path | None = None
+    """With --job: tfds's folder; None is tfds's own default."""
+    manual_dir: Path | None = None
+    """With --job: folder with the four original IDX .gz files, in place of a download."""
+    recipe: str = ""
+    """With --job: flags of experiments.mnist_lstm on its way to 99%: --recipe="--epochs 5"."""
+    max_epochs: int = 20
+    """With --job: epochs of the reference on its way to 99%, at most."""
+    json: Path | None = None
+    """Write every raw timing and the environment to this file."""
+    plot: Path | None = None
+    """Draw the ratios into this file, such as ratios.png; needs matplotlib."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark from a command line; returns the exit status."""
+    options = tyro.cli(
+        Options, prog="python -m experiments.benchmark", description=__doc__, args=argv
+    )
+    try:
+        check(options)
+        run_job(options) if options.job else run_cases(options)
+    except (UsageError, jobs.JobError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def check(options: Options) -> None:
+    """Refuse at once what would be wrong only after all is measured.
+
+    Raises:
+        UsageError: a flag's value can't be used.
+    """
+    for name in ("rounds", "job_rounds", "max_epochs"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+    if not 0 < options.seconds < float("inf"):
+        raise UsageError("--seconds must be a positive number")
+    if unknown := [peer for peer in options.peers if peer not in PEERS]:
+        raise UsageError(f"--peers: {unknown[0]!r} is none of {', '.join(PEERS)}")
+    if options.quick and options.cases:
+        raise UsageError("--quick and --cases both say which cases; give one of them")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib: pip install matplotlib")
+    for path in (options.json, options.plot):
+        if path is not None and not path.parent.is_dir():
+            raise UsageError(f"there is no folder {path.parent} for {path.name}")
+
+
+def chosen_cases(options: Options) -> list[Case]:
+    """The cases that the flags ask for.
+
+    Raises:
+        UsageError: one can't be read.
+    """
+    if options.quick:
+        return QUICK
+    try:
+        return [parse_case(text) for text in options.cases] or STAR
+    except ValueError as error:
+        raise UsageError(f"--cases: {error}") from error
+
+
+def chosen_peers(options: Options) -> list[str]:
+    """The peers that the flags ask for, this project first."""
+    implementations = [f"{OURS}:{name}" for name in options.implementations]
+    return list(dict.fromkeys([OURS, *implementations, *options.peers]))
+
+
+def run_cases(options: Options) -> None:
+    """Measure, print, write and draw."""
+    cases, peers = chosen_cases(options), chosen_peers(options)
+    settings = Settings(options.rounds, options.seconds, options.memory)
+    with tqdm(total=len(cases) * len(MODES), unit=" cases") as bar:
+
+        def advance(done: str) -> None:
+            bar.set_postfix_str(done, refresh=False)
+            bar.update()
+
+        results = measure(peers, cases, settings, advance)
+    print(report.tables(results, peers))
+    write_json(options, report.as_values(results))
+    if options.plot:
+        report.plot(results, options.plot)
+
+
+def run_job(options: Options) -> None:
+    """Run whole jobs, print and write."""
+    with_torch = importlib.util.find_spec("torch") is not None
+    with tempfile.TemporaryDirectory() as scratch:
+        job = prepare_job(options, Path(scratch))
+        with tqdm(total=jobs.turns(job, with_torch), unit=" runs") as bar:
+
+            def advance(done: str) -> None:
+                bar.set_postfix_str(done, refresh=False)
+                bar.update()
+
+            results = jobs.run(job, with_torch, advance)
+    print(jobs.job_table(results, job))
+    if not with_torch:
+        print("- torch: not installed: pip install torch")
+    values = {
+        side: {
+            "starts": [start._asdict() for start in result["starts"]],
+            "reached": result["reached"]._asdict(),
+        }
+        for side, result in results.items()
+    }
+    write_json(options, {"job": values})
+
+
+def prepare_job(options: Options, scratch: Path) -> jobs.Job:
+    """Prepare the data for both sides, which is no part of what is timed.
+
+    Raises:
+        UsageError: the data can't be had.
+    """
+    from lstm_flax import data  # takes seconds to import
+
+    try:
+        if options.dataset == "auto":
+            builder = data.prepare_auto(options.data_dir, options.manual_dir)
+        else:
+            builder = data.prepare(options.dataset, options.data_dir, options.manual_dir)
+        splits = {name: data.read_split(builder, name) for name in ("train", "test")}
+    except data.DataError as error:
+        raise UsageError(str(error)) from error
+    folder = scratch / "idx"
+    folder.mkdir()
+    jobs.write_idx(folder, {"train": splits["train"], "t10k": splits["test"]})
+    return jobs.Job(
+        builder.name,
+        options.data_dir,
+        folder,
+        scratch,
+        options.job_rounds,
+        options.max_epochs,
+        options.recipe,
+    )
+
+
+def write_json(options: Options, values: dict[str, Any]) -> None:
+    """Write what was measured, where and how, if that was asked for."""
+    if options.json:
+        flags = dataclasses.asdict(options)
+        # Folders are the machine's own affair.
+        settings = {name: value for name, value in flags.items() if not isinstance(value, Path)}
+        everything = {"environment": report.environment(), "settings": settings, **values}
+        options.json.write_text(json.dumps(everything, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

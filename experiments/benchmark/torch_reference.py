@@ -1,0 +1,86 @@
+"""The reference in PyTorch, for whole jobs: read MNIST's files, train with Adam, evaluate.
+
+    python -m experiments.benchmark.torch_reference FOLDER [--epochs 1] [...]
+
+Prints a line when the first step is done, and one of JSON after each epoch. It imports nothing of
+this project, so that its start is PyTorch's own.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+
+class Classifier(nn.Module):
+    """`nn.LSTM`, whose last output goes through `nn.Linear`."""
+
+    def __init__(self, hidden_size: int, num_layers: int):
+        super().__init__()
+        self.rnn = nn.LSTM(28, hidden_size, num_layers, batch_first=True)
+        self.lin = nn.Linear(hidden_size, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits [batch, 10] of images [batch, 28, 28]."""
+        return self.lin(self.rnn(x)[0][:, -1])
+
+
+def read_split(folder: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images float32 [n, 28, 28] in [0, 1] and labels int64 [n], from two unpacked IDX files."""
+    pixels = np.fromfile(folder / f"{name}-images-idx3-ubyte", np.uint8)[16:]
+    labels = np.fromfile(folder / f"{name}-labels-idx1-ubyte", np.uint8)[8:]
+    images = torch.from_numpy(pixels).reshape(-1, 28, 28).float() / 255
+    return images, torch.from_numpy(labels).long()
+
+
+def accuracy(model: Classifier, images: torch.Tensor, labels: torch.Tensor, batch: int) -> float:
+    """Fraction of the images that are classified correctly."""
+    with torch.inference_mode():
+        pieces = zip(images.split(batch), labels.split(batch), strict=True)
+        correct = sum(int((model(x).argmax(1) == y).sum()) for x, y in pieces)
+    return correct / len(labels)
+
+
+def main() -> None:
+    """Train for so many epochs, or until an accuracy is reached."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="of the four IDX files, unpacked")
+    parser.add_argument("--epochs", type=int, default=1, help="at most")
+    parser.add_argument("--until", type=float, default=1.0, help="test accuracy to stop at")
+    parser.add_argument("--batch-size", type=int, default=128, help="images a step")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="Adam's")
+    parser.add_argument("--hidden-size", type=int, default=256, help="units of each layer")
+    parser.add_argument("--num-layers", type=int, default=2, help="LSTM layers")
+    flags = parser.parse_args()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.allow_tf32 = False
+    torch.manual_seed(0)
+    images, labels = (tensor.to(device) for tensor in read_split(flags.folder, "train"))
+    test_images, test_labels = (tensor.to(device) for tensor in read_split(flags.folder, "t10k"))
+    model = Classifier(flags.hidden_size, flags.num_layers).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), flags.learning_rate)
+    is_first = True
+    for epoch in range(1, flags.epochs + 1):
+        started = time.perf_counter()
+        for rows in torch.randperm(len(images), device=device).split(flags.batch_size):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
+            loss.backward()
+            optimizer.step()
+            if is_first:
+                print(f"first step: loss {loss.item():.4f}", flush=True)
+                is_first = False
+        reached = accuracy(model, test_images, test_labels, flags.batch_size)
+        record = {"epoch": epoch, "test_accuracy": reached}
+        print(json.dumps(record | {"seconds": time.perf_counter() - started}), flush=True)
+        if reached >= flags.until:
+            break
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.benchmark import jax_peers, peers, torch_peers
+from experiments.benchmark.__main__ import main
+from experiments.benchmark.cases import (
+    STAR,
+    Case,
+    as_json,
+    examples,
+    forward_flops,
+    parse_case,
+    train_flops,
+    weights,
+)
+from experiments.benchmark.framework import Unavailable
+from experiments.benchmark.job import Job, job_table, run, write_idx
+from experiments.benchmark.measure import PeerError, check_same, peak_bytes
+from experiments.benchmark.report import ratio
+from lstm_flax import LSTMClassifier, from_torch
+
+TINY = Case(batch=4, time=5, features=3, hidden=8, layers=2)
+
+
+def is_installed(package):
+    return importlib.util.find_spec(package) is not None
+
+
+def test_the_command_reports_what_it_measured(tmp_path, capsys):
+    plot = ["--plot", str(tmp_path / "plot.png")] if is_installed("matplotlib") else []
+    asked = ["lstm_flax", "torch", "keras", "flax.linen.RNN", "jax cuDNN"]
+    flags = ["--cases", "batch=3,hidden=8", "--rounds", "3", "--seconds", "0.001", "--no-memory"]
+    assert main(["--peers", *asked, *flags, "--json", str(tmp_path / "raw.json"), *plot]) == 0
+    printed = capsys.readouterr().out
+    raw = json.loads((tmp_path / "raw.json").read_text())
+
+    expected = {name for name in asked if is_installed(peers.PEERS[name].package)}
+    if jax.default_backend() != "gpu":
+        expected.remove("jax cuDNN")
+    # That they are all there says too that they computed the same logits and losses.
+    assert set(raw["peers"]) == expected
+    assert set(raw["notes"]) == set(asked) - expected
+    assert len(raw["measurements"]) == 2 * len(expected)
+    for name, why in raw["notes"].items():
+        assert f"- {name}: {why}" in printed
+        assert "\n" not in why
+
+    speeds = {
+        (m["mode"], m["peer"]): np.array([3 * t["calls"] / t["seconds"] for t in m["rounds"]])
+        for m in raw["measurements"]
+    }
+    assert len(raw["ratios"]) == 2 * (len(expected) - 1)
+    for found in raw["ratios"]:
+        mode, peer = found["mode"], found["peer"]
+        rounds = speeds[mode, "lstm_flax"] / speeds[mode, peer]
+        assert rounds.shape == (3,)
+        np.testing.assert_allclose(found["median"], np.median(rounds))
+        assert min(rounds) <= found["low"] <= found["median"] <= found["high"] <= max(rounds)
+        assert f"{found['median']:.2f} ({found['low']:.2f} to {found['high']:.2f})" in printed
+        assert f"{np.median(speeds[mode, peer]):,.0f}" in printed
+    # Each table's rows have as many cells as its header.
+    for block in printed.strip().split("\n\n"):
+        lines = [line for line in block.splitlines() if line.startswith("|")]
+        assert len({line.count("|") for line in lines}) <= 1
+    assert raw["environment"]["versions"]["jax"] == jax.__version__
+    if plot:
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_ratio_pairs_the_rounds():
+    # Twice as fast in every round, however slow the machine was in the second one.
+    assert ratio([1, 10, 1], [2, 20, 2]) == (2, 2, 2)
+    assert ratio([1, 1, 1, 1, 1], [1, 2, 3, 4, 5]) == (3, 2, 4)
+    assert str(ratio([2], [1])) == "0.50 (0.50 to 0.50)"
+
+
+@pytest.mark.parametrize("case", [TINY, Case(2, 3, 5, 4, 1), Case(1, 2, 1, 3, 3)])
+def test_flops_are_those_of_the_products(case):
+    layers, head = weights(case)
+    images, labels = examples(case)
+    # Where training starts from, too, so that no product of the backward pass is left out.
+    starts = [np.zeros((2, case.batch, case.hidden), np.float32) for _ in layers]
+
+    def loss(parameters):
+        layers, head, starts = parameters
+        states = list(starts)
+        for t in range(case.time):
+            x = images[:, t]
+            for k, layer in enumerate(layers):
+                h, c = states[k]
+                gates = x @ layer["kernel_ih"] + h @ layer["kernel_hh"] + layer["bias"]
+                i, f, g, o = jnp.split(gates, 4, axis=-1)
+                c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+                x = jax.nn.sigmoid(o) * jnp.tanh(c)
+                states[k] = jnp.stack([x, c])
+        logits = x @ head["kernel"] + head["bias"]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1).mean()
+
+    parameters = (layers, head, starts)
+    assert product_flops(jax.make_jaxpr(loss)(parameters).jaxpr) == forward_flops(case)
+    assert product_flops(jax.make_jaxpr(jax.grad(loss))(parameters).jaxpr) == train_flops(case)
+
+
+def product_flops(jaxpr):
+    """FLOPs of all matrix products of a program without loops."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            inner = np.prod([left[axis] for axis in contracted])
+            total += 2 * int(inner) * equation.outvars[0].aval.size
+        if "jaxpr" in equation.params:  # a function that was jitted by itself
+            total += product_flops(equation.params["jaxpr"].jaxpr)
+    return total
+
+
+def test_peers_on_jax_train_alike():
+    ours = jax_peers.build_ours(TINY, "train")
+    theirs = jax_peers.build_linen_rnn(TINY, "train")
+    losses = np.array([[ours(), theirs()] for _ in range(20)])
+    np.testing.assert_allclose(losses[:, 0], losses[:, 1], rtol=1e-5)
+    assert losses[-1, 0] < losses[0, 0]
+
+
+def test_torch_computes_the_same_from_the_same_weights():
+    torch = pytest.importorskip("torch")
+    logits = torch_peers.build_torch(TINY, "infer")()
+    np.testing.assert_allclose(logits, jax_peers.build_ours(TINY, "infer")(), atol=1e-6)
+    loss = torch_peers.build_torch(TINY, "train")()
+    np.testing.assert_allclose(loss, jax_peers.build_ours(TINY, "train")(), atol=1e-6)
+
+    # The reference of the whole job is that model too.
+    from experiments.benchmark.torch_reference import Classifier
+
+    model, images = Classifier(8, 2), torch.rand(4, 28, 28)
+    params = from_torch(model.state_dict())
+    np.testing.assert_allclose(
+        model(images).detach(),
+        LSTMClassifier(8, 2).apply({"params": params}, jnp.asarray(images.numpy())),
+        atol=1e-6,
+    )
+
+
+def test_the_weights_reach_cudnn_in_its_order():
+    from jax.experimental import rnn
+
+    layers, head = weights(TINY)
+    packed = jnp.asarray(jax_peers.pack_for_cudnn(layers))
+    unpacked = rnn.unpack_lstm_weights(packed, TINY.features, TINY.hidden, TINY.layers, False)
+    zeros = jnp.zeros((TINY.layers, TINY.batch, TINY.hidden))
+    lengths = jnp.full(TINY.batch, TINY.time, jnp.int32)
+    outputs, _, _ = rnn.lstm_ref(
+        examples(TINY)[0], zeros, zeros, *unpacked, lengths,
+        TINY.features, TINY.hidden, TINY.layers, 0.0, False,
+    )  # fmt: skip
+    logits = outputs[:, -1] @ head["kernel"] + head["bias"]
+    np.testing.assert_allclose(logits, jax_peers.build_ours(TINY, "infer")(), atol=1e-6)
+
+
+def test_memory_grows_by_what_training_keeps():
+    case = Case(batch=512, time=40, features=4, hidden=64, layers=1)
+    kept = 4 * case.batch * case.time * case.hidden * 4  # bytes of four gates in float32
+    grown = peak_bytes("flax.linen.RNN", {"case": as_json(case), "mode": "train"})
+    assert kept < grown < 100 * kept
+
+
+def test_a_missing_peer_is_left_out_with_one_line(monkeypatch):
+    absent = peers.PEERS["keras"]._replace(package="no_such_package")
+    monkeypatch.setitem(peers.PEERS, "absent", absent)
+    with pytest.raises(Unavailable, match=r"^not installed: pip install no_such_package$"):
+        peers.open_peer("absent")
+
+
+def test_other_results_are_no_comparison():
+    check_same([[1.0, 2.0]], [[1.0, 2.00001]])
+    with pytest.raises(PeerError, match=r"differ by 0\.1"):
+        check_same([[1.0, 2.1]], [[1.0, 2.0]])
+    with pytest.raises(PeerError, match="nan"):
+        check_same(float("nan"), 1.0)
+
+
+def test_cases_are_read_as_they_differ_from_the_centre():
+    assert parse_case("batch=1") == Case(batch=1)
+    assert parse_case("time=784,features=1") in STAR
+    assert len(set(STAR)) == len(STAR) == 9
+    with pytest.raises(ValueError, match="'width' is none of batch, time"):
+        parse_case("width=3")
+    with pytest.raises(ValueError, match="hidden must be a positive integer"):
+        parse_case("hidden=0")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--rounds", "0"], "--rounds must be at least 1"),
+        (["--seconds", "nan"], "--seconds must be a positive number"),
+        (["--peers", "tensor"], "--peers: 'tensor' is none of lstm_flax, torch"),
+        (["--cases", "hidden"], "--cases: 'hidden': hidden must be a positive integer"),
+        (["--cases", "batch=2", "--quick"], "--quick and --cases"),
+        (["--json", "no/such/folder.json"], "there is no folder no/such"),
+    ],
+)
+def test_flags_that_can_not_be_used_get_one_line(flags, says, capsys):
+    assert main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_a_whole_job_runs_on_both_sides(data_dir, tmp_path):
+    from lstm_flax import data
+
+    builder = data.prepare("mnist5k", data_dir)
+    train, test = (data.read_split(builder, name) for name in ("train", "test"))
+    idx = tmp_path / "idx"
+    idx.mkdir()
+    write_idx(idx, {"train": train, "t10k": test})
+    sizes = ("--hidden-size", "8", "--num-layers", "1", "--batch-size", "500")
+    recipe = " ".join(["--epochs 1", *sizes])
+    job = Job("mnist5k", data_dir, idx, tmp_path, 1, 1, recipe, accuracy=0.01, sizes=sizes)
+    has_torch = is_installed("torch")
+    done = []
+    results = run(job, has_torch, done.append)
+
+    assert set(results) == ({"lstm_flax", "torch"} if has_torch else {"lstm_flax"})
+    assert len(done) == 2 * len(results)
+    for side in results.values():
+        (start,) = side["starts"]
+        assert 0 < start.ready < start.whole
+        assert 0 < start.epoch < start.whole
+        assert side["reached"].epochs == 1
+        assert side["reached"].accuracy >= 0.01
+    rows = job_table(results, job).splitlines()
+    assert f"| {results['lstm_flax']['starts'][0].ready:.1f} |" in rows[2]
+    assert rows[3].count("not measured") == 2  # only a second start finds anything compiled
+    assert (tmp_path / "compiled").is_dir()
+
+
+def test_idx_files_are_read_back(tmp_path):
+    pytest.importorskip("torch")
+    from experiments.benchmark.torch_reference import read_split
+
+    images = np.arange(2 * 28 * 28, dtype=np.uint8).reshape(2, 28, 28)
+    write_idx(tmp_path, {"train": (images, np.array([3, 9], np.int32))})
+    pixels, labels = read_split(tmp_path, "train")
+    np.testing.assert_array_equal(pixels * 255, images)
+    assert labels.tolist() == [3, 9]

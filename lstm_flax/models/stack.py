@@ -4,6 +4,8 @@ Everything that the three kinds of stack share is here, once: layers, directions
 zoneout and the initial carry. What differs, one step of one layer, is in the cells.
 """
 
+import logging
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -13,7 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.nn.initializers import Initializer
 
+from lstm_flax.models import native
 from lstm_flax.models.cells import GRUCell, LSTMCell, RecurrentCell, RNNCell, forget_gate_ones
+
+logger = logging.getLogger("lstm_flax")
+
+IMPLEMENTATIONS = ("auto", "scan", "native")
 
 Carry = Any
 """`h`, or for the LSTM `(h, c)`; in a stack each has a leading axis of layers x directions."""
@@ -23,7 +30,6 @@ class _Step(nn.Module):
     """One time step of some layers, each of which reads the output of the one below it."""
 
     cells: tuple[RecurrentCell, ...]
-    dropout: float
     zoneout: Carry  # rates, shaped as a cell's carry
     deterministic: bool
 
@@ -36,11 +42,7 @@ class _Step(nn.Module):
         hidden_masks: tuple[jax.Array | None, ...],
     ) -> tuple[tuple[Carry, ...], jax.Array]:
         advanced = []
-        for layer, (cell, carry, mask) in enumerate(
-            zip(self.cells, carries, hidden_masks, strict=True)
-        ):
-            if layer > 0:
-                x = nn.Dropout(self.dropout, deterministic=self.deterministic)(x)
+        for cell, carry, mask in zip(self.cells, carries, hidden_masks, strict=True):
             new = jax.tree.map(self._zone_out, self.zoneout, carry, cell(carry, x, mask))
             if is_valid is not None:
                 new = jax.tree.map(lambda n, o: jnp.where(is_valid[:, None], n, o), new, carry)
@@ -78,6 +80,7 @@ class RecurrentStack(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     precision: Any = None
+    implementation: Literal["auto", "scan", "native"] = "auto"
 
     def make_cell(self, name: str) -> RecurrentCell:
         """Make the cell of one layer and direction."""
@@ -129,7 +132,7 @@ class RecurrentStack(nn.Module):
             raise ValueError(f"x has shape {x.shape}, not [batch, time, features]")
         time_axis = 0 if self.time_major else 1
         batch, time = x.shape[1 - time_axis], x.shape[time_axis]
-        is_valid = None
+        is_valid = lengths = None
         if seq_lengths is not None:
             steps = jnp.arange(time, dtype=jnp.int32)
             lengths = _check_lengths(seq_lengths, batch, time)
@@ -156,24 +159,56 @@ class RecurrentStack(nn.Module):
                 in_axes=(time_axis, time_axis, nn.broadcast),
                 out_axes=time_axis,
                 reverse=reverse,
-            )(tuple(cells), self.dropout, self.zoneout_rates(), deterministic)
+            )(tuple(cells), self.zoneout_rates(), deterministic)
             masks = tuple(self._hidden_mask(cell, batch, deterministic) for cell in cells)
             return step(tuple(carries), x, is_valid, masks)
 
-        if not self.bidirectional:
+        def native(x, cells, carries, reverse=False):
+            (cell,), (carry,) = cells, carries
+            return self.run_native(cell, carry, x, lengths, reverse)
+
+        is_native = self._is_native(x, deterministic)
+        drops = self.dropout > 0 and not deterministic
+        if not (self.bidirectional or is_native or drops):
             # All layers advance together, in one scan.
             final, x = scan(x, cells, carries)
             return x, _join_layers(final)
 
+        run = native if is_native else scan
         final = ()
-        for k, (forward, backward) in enumerate(layers):
+        for k, layer in enumerate(layers):
             if k > 0:
                 x = nn.Dropout(self.dropout, deterministic=deterministic)(x)
-            there, left = scan(x, [forward], carries[2 * k : 2 * k + 1])
-            back, right = scan(x, [backward], carries[2 * k + 1 : 2 * k + 2], reverse=True)
-            final += (*there, *back)
-            x = jnp.concatenate([left, right], axis=-1)
+            outputs = []
+            for d, cell in enumerate(layer):
+                carry = carries[len(layer) * k + d]
+                last, output = run(x, [cell], [carry], reverse=d == 1)
+                final += tuple(last)
+                outputs.append(output)
+            x = jnp.concatenate(outputs, axis=-1) if self.bidirectional else outputs[0]
         return x, _join_layers(final)
+
+    def why_not_native(self, x: jax.Array, deterministic: bool = True) -> str | None:
+        """Say in a few words why `__call__` scans in place of the native kernel; None: it won't."""
+        return f"there is none for {type(self).__name__}"
+
+    def run_native(
+        self, cell: RecurrentCell, carry: Carry, x: jax.Array, lengths: Any, reverse: bool
+    ) -> tuple[tuple[Carry], jax.Array]:
+        """Run one layer and direction by its native kernel, as the scan does."""
+        raise NotImplementedError
+
+    def _is_native(self, x: jax.Array, deterministic: bool) -> bool:
+        if self.implementation not in IMPLEMENTATIONS:
+            raise ValueError(f"implementation is {self.implementation!r}, not {IMPLEMENTATIONS}")
+        if self.implementation == "scan" or self.is_initializing():
+            return False
+        reason = self.why_not_native(x, deterministic)
+        if reason and self.implementation == "native":
+            warnings.warn(f"implementation='native' scans: {reason}", stacklevel=2)
+        elif reason:
+            logger.info("implementation='auto' scans: %s", reason)
+        return reason is None
 
     def _hidden_mask(
         self, cell: RecurrentCell, batch: int, deterministic: bool
@@ -224,6 +259,11 @@ class LSTMStack(RecurrentStack):
         proj_size: features that `h` is projected to; 0 projects nothing.
         time_major: time is the first axis of x and of the outputs.
         kernel_init, recurrent_init, bias_init, dtype, param_dtype, precision: the cell's.
+        implementation: "scan" is the plain `nn.scan` of cells, which the others are equal to;
+            "native" is the kernel in `lstm_flax.models.native`, for one CPU in float32; "auto"
+            takes the faster one that the options and the machine allow. Where "native" is asked
+            for and impossible, a warning says why, and it scans; "auto" logs that to the logger
+            "lstm_flax". `jax.jvp`, derivatives of derivatives and `jax.export` need "scan".
     """
 
     bias_init: Initializer = forget_gate_ones
@@ -239,6 +279,51 @@ class LSTMStack(RecurrentStack):
     def zoneout_rates(self) -> tuple[float, float]:
         """The rates for `(h, c)`."""
         return self.zoneout, self.zoneout_cell
+
+    def why_not_native(self, x: jax.Array, deterministic: bool = True) -> str | None:
+        """Say in a few words why `__call__` scans in place of the native kernel; None: it won't.
+
+        Args:
+            x: what it would be called with.
+            deterministic: the same.
+        """
+        dtypes = {jnp.dtype(self.param_dtype), jnp.dtype(self.dtype or self.param_dtype)}
+        reasons = {
+            "layer_norm": self.layer_norm,
+            "proj_size": self.proj_size,
+            "zoneout": self.zoneout or self.zoneout_cell,
+            "recurrent_dropout": self.recurrent_dropout and not deterministic,
+            "not float32": dtypes != {jnp.dtype("float32")},
+            "gates are asked for": self.scope and self.is_mutable_collection("gates"),
+            "nothing to compute": 0 in x.shape,
+            "not on a CPU": jax.default_backend() != "cpu",
+            "several devices": jax.device_count() > 1,
+        }
+        found = [reason for reason, applies in reasons.items() if applies]
+        return found[0] if found else native.problem()
+
+    def run_native(
+        self, cell: RecurrentCell, carry: Carry, x: jax.Array, lengths: Any, reverse: bool
+    ) -> tuple[tuple[Carry], jax.Array]:
+        """Run one layer and direction by its native kernel, as the scan does."""
+        if self.time_major:
+            x = x.swapaxes(0, 1)
+        batch, time, _ = x.shape
+        bias = self._weight(cell, "bias") if self.use_bias else jnp.zeros(4 * self.hidden_size)
+        outputs, h_n, c_n = native.lstm_layer(
+            x.astype(jnp.float32),
+            self._weight(cell, "kernel_ih"),
+            self._weight(cell, "kernel_hh"),
+            bias.astype(jnp.float32),
+            *carry,
+            jnp.full(batch, time, jnp.int32) if lengths is None else jnp.clip(lengths, 0, time),
+            reverse,
+        )
+        return ((h_n, c_n),), outputs.swapaxes(0, 1) if self.time_major else outputs
+
+    @staticmethod
+    def _weight(cell: RecurrentCell, name: str) -> jax.Array:
+        return nn.meta.unbox(cell.get_variable("params", name))
 
 
 class RNNStack(RecurrentStack):

@@ -35,6 +35,8 @@ def placed(tree, mesh, spec):
 def main(topology, chips_per_host, precision, batch_size):
     config = Config(precision=precision, batch_size=int(batch_size))
     model, tx = make_model(config), make_optimizer(config, num_images=60_000)
+    # What "auto" chooses is for this machine, not for the one that it is compiled for.
+    model = model.clone(core=model.core.clone(implementation="scan"))
     sample = jnp.zeros((1, 28, 28))
     state = jax.eval_shape(
         lambda key: training.create_train_state(model, tx, sample, key), jax.random.key(0)

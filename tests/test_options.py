@@ -136,7 +136,7 @@ def test_dropout_keeps_the_mean_and_lies_on_every_layers_output_but_the_last():
     single, _ = LSTMStack(8).apply({"params": {"l0": variables["params"]["l0"]}}, x)
     outputs, (h_n, _) = train(module, variables, x)
     np.testing.assert_allclose(h_n[0], single[:, -1], atol=1e-6)
-    assert (outputs != 0).all()
+    assert (outputs[:, 1:] != 0).all()  # at first an input may be dropped whole
     one_layer, one = build(LSTMStack, x, dropout=0.5)
     np.testing.assert_array_equal(train(one_layer, one, x)[0], one_layer.apply(one, x)[0])
 
@@ -358,7 +358,7 @@ def test_gradients_equal_finite_differences(stack):
 
 
 def test_an_exported_classifier_runs_without_flax_for_any_batch(tmp_path):
-    model = LSTMClassifier(16, 2)
+    model = LSTMClassifier(16, 2, implementation="scan")
     x = normal(1, 5, 28, 28)
     variables = model.init(jax.random.key(0), x)
     (batch,) = export.symbolic_shape("batch")

@@ -1,0 +1,217 @@
+"""The native kernel against the scan that it replaces: values, gradients, and when it steps back."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lstm_flax import GRUStack, LSTMClassifier, LSTMStack
+from lstm_flax.models import native
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def pair(x, **options):
+    """The same stack by the kernel and by the scan, and parameters for both."""
+    scan = LSTMStack(implementation="scan", **options)
+    params = scan.init(jax.random.key(0), x)["params"]
+    moved = jax.tree.map(lambda p: p + 0.1 * normal(p.size, *p.shape), params)
+    return scan.clone(implementation="native"), scan, moved
+
+
+def assert_close(actual, expected, tolerance=2e-6):
+    """Entries differ by little beside the largest one of their array."""
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, rtol=0, atol=tolerance * np.abs(e).max()),
+        actual,
+        expected,
+    )
+
+
+# Sizes below, at and beyond the kernel's tiles of 6 rows and 16 units, and its chunks of 128.
+@pytest.mark.parametrize(
+    ("batch", "time", "features", "hidden"),
+    [(1, 1, 1, 1), (3, 5, 7, 5), (6, 4, 28, 16), (13, 11, 9, 37), (40, 28, 28, 64)],
+)
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "time_major": True}])
+def test_values_and_gradients_are_the_scans(batch, time, features, hidden, options):
+    shape = (time, batch, features) if options else (batch, time, features)
+    x = normal(1, *shape)
+    kernel, scan, params = pair(x, hidden_size=hidden, num_layers=2, **options)
+    states = 2 * (2 if options else 1)
+    carry = (normal(2, states, batch, hidden), normal(3, states, batch, hidden))
+    lengths = jax.random.randint(jax.random.key(4), (batch,), 1, time + 1)
+
+    def run(stack):
+        def apply(params, x, carry):
+            return stack.apply({"params": params}, x, carry, seq_lengths=lengths)
+
+        values, pullback = jax.vjp(apply, params, x, carry)
+        cotangents = jax.tree.map(lambda v: normal(v.size, *v.shape), values)
+        return values, pullback(cotangents)
+
+    assert_close(run(kernel), run(scan), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_bias": False}, {"dropout": 0.4}, {"dropout": 0.4, "bidirectional": True}]
+)
+def test_options_that_it_accepts_change_nothing_in_training(options):
+    x = normal(1, 5, 9, 4)
+    kernel, scan, params = pair(x, hidden_size=8, num_layers=3, **options)
+
+    def loss(params, stack):
+        outputs, _ = stack.apply(
+            {"params": params}, x, deterministic=False, rngs={"dropout": jax.random.key(5)}
+        )
+        return (outputs**2).sum()
+
+    assert_close(jax.grad(loss)(params, kernel), jax.grad(loss)(params, scan), 1e-5)
+
+
+def test_the_default_takes_it_and_makes_the_same_parameters():
+    x = normal(1, 4, 6, 3)
+    stack = LSTMStack(8, 2)
+    assert stack.why_not_native(x) is None
+    assert_close(
+        stack.init(jax.random.key(0), x),
+        stack.clone(implementation="scan").init(jax.random.key(0), x),
+        0,
+    )
+    # What it computes differs in the last bits, so that one can tell.
+    variables = stack.init(jax.random.key(0), x)
+    text = jax.jit(stack.apply).lower(variables, x).as_text()
+    assert native.FORWARD in text
+
+
+def test_padding_is_never_read():
+    x = normal(1, 3, 6, 4)
+    kernel, _, params = pair(x, hidden_size=8, num_layers=2, bidirectional=True)
+    lengths = jnp.array([6, 2, 4])
+    spoilt = x.at[1, 2:].set(jnp.nan).at[2, 4:].set(jnp.inf)
+
+    def loss(params, x):
+        outputs, _ = kernel.apply({"params": params}, x, seq_lengths=lengths)
+        return (outputs**2).sum()
+
+    values = jax.value_and_grad(loss, (0, 1))
+    assert_close(values(params, spoilt), values(params, x), 0)
+
+
+@pytest.mark.parametrize("length", [-3, 0, 7, 1000])
+def test_lengths_out_of_range_under_jit_read_nothing_beyond_the_arrays(length):
+    x = normal(1, 2, 6, 4)
+    kernel, scan, params = pair(x, hidden_size=8, bidirectional=True)
+    lengths = jnp.array([length, 3])
+
+    @jax.jit
+    def run(lengths):
+        return kernel.apply({"params": params}, x, seq_lengths=lengths)
+
+    @jax.jit
+    def expected(lengths):
+        return scan.apply({"params": params}, x, seq_lengths=lengths)
+
+    assert_close(run(lengths), expected(lengths))
+
+
+def test_not_a_number_stays_one():
+    x = normal(1, 2, 6, 4).at[0, 3, 1].set(jnp.nan)
+    kernel, _, params = pair(x, hidden_size=8)
+    outputs, _ = kernel.apply({"params": params}, x)
+    np.testing.assert_array_equal(jnp.isnan(outputs).all(-1), [[0, 0, 0, 1, 1, 1], [0] * 6])
+
+
+def test_extreme_inputs_saturate_as_the_scan_does():
+    x = jnp.array([-1e30, -200.0, -1e-20, 0.0, 1e-20, 200.0, 1e30]).reshape(7, 1, 1)
+    kernel, scan, params = pair(x, hidden_size=8)
+    assert_close(kernel.apply({"params": params}, x), scan.apply({"params": params}, x))
+
+
+def test_vmap_and_checkpoint_and_scan_go_through_it():
+    x = normal(1, 3, 2, 5, 4)
+    kernel, scan, params = pair(x[0], hidden_size=8)
+
+    def losses(stack):
+        @jax.checkpoint
+        def loss(params, x):
+            return stack.apply({"params": params}, x)[0].sum()
+
+        mapped = jax.vmap(jax.grad(loss), (None, 0))(params, x)
+        looped = jax.lax.map(lambda x: jax.grad(loss)(params, x), x)
+        return mapped, looped
+
+    assert_close(losses(kernel), losses(scan), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"layer_norm": True}, "layer_norm"),
+        ({"proj_size": 3}, "proj_size"),
+        ({"zoneout": 0.1}, "zoneout"),
+        ({"zoneout_cell": 0.1}, "zoneout"),
+        ({"dtype": jnp.bfloat16}, "not float32"),
+    ],
+)
+def test_it_says_why_it_scans_instead(options, reason):
+    x = normal(1, 2, 5, 4)
+    kernel, scan, params = pair(x, hidden_size=8, **options)
+    with pytest.warns(UserWarning, match=f"implementation='native' scans: {reason}"):
+        actual = kernel.apply({"params": params}, x)
+    assert_close(actual, scan.apply({"params": params}, x), 0)
+
+
+def test_the_gates_are_shown_by_the_scan():
+    x = normal(1, 2, 5, 4)
+    kernel, _, params = pair(x, hidden_size=8)
+    with pytest.warns(UserWarning, match="gates are asked for"):
+        _, kept = kernel.apply({"params": params}, x, mutable="gates")
+    assert kept["gates"]["l0"]["forget"].shape == (2, 5, 8)
+
+
+def test_other_cells_have_none():
+    x = normal(1, 2, 5, 4)
+    stack = GRUStack(8, implementation="native")
+    variables = stack.init(jax.random.key(0), x)
+    with pytest.warns(UserWarning, match="there is none for GRUStack"):
+        stack.apply(variables, x)
+
+
+def test_an_unknown_implementation_is_refused():
+    with pytest.raises(ValueError, match="implementation is 'fast', not"):
+        LSTMStack(8, implementation="fast").init(jax.random.key(0), normal(1, 2, 5, 4))
+
+
+def test_an_export_says_what_to_set():
+    model = LSTMClassifier(8, 1)
+    x = normal(1, 2, 5, 4)
+    variables = model.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="to export, set implementation='scan'"):
+        jax.export.export(jax.jit(model.apply))(variables, x)
+
+
+def test_without_a_compiler_it_scans(tmp_path):
+    code = """
+import jax
+from lstm_flax import LSTMStack
+stack, x = LSTMStack(4, implementation="native"), jax.numpy.ones((2, 3, 5))
+print(stack.init_with_output(jax.random.key(0), x)[0][0].shape)
+print(stack.why_not_native(x))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    shape, reason = result.stdout.splitlines()
+    assert shape == "(2, 3, 4)"
+    assert reason == "there is no C++ compiler (c++, or what CXX names)"

@@ -1,4 +1,4 @@
-"""The native kernel against the scan that it replaces: values, gradients, and when it steps back."""
+"""The native kernel against the scan that it replaces, and when it steps back."""
 
 import os
 import subprocess

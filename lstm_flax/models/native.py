@@ -35,7 +35,7 @@ BACKWARD = "lstm_flax's backward kernel (to export, set implementation='scan')"
 
 @functools.cache
 def problem() -> str | None:
-    """Load the kernel, compiling it if need be; returns in one line why it can't be had, or None."""
+    """Load the kernel, compiled if need be; returns in one line why it can't be had, or None."""
     try:
         library = ctypes.CDLL(str(_compiled()))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
@@ -65,7 +65,14 @@ def _compiled() -> Path:
     # Under its own name only when it is whole, since several processes may start at once.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         unfinished = Path(scratch) / path.name
-        command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", unfinished]
+        command = [
+            compiler,
+            *FLAGS,
+            f"-I{jax.ffi.include_dir()}",
+            str(SOURCE),
+            "-o",
+            str(unfinished),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line]
@@ -120,9 +127,7 @@ def _forward(x, kernel_ih, kernel_hh, bias, h_0, c_0, lengths, *, reverse: bool,
     (batch, time, _), hidden = x.shape, len(kernel_hh)
     shapes = [(batch, time, hidden), h_0.shape, c_0.shape]
     shapes += [(batch, time, 4 * hidden), (batch, time, hidden)] if keep else [(0,), (0,)]
-    return _call(FORWARD, shapes)(
-        x, kernel_ih, kernel_hh, bias, h_0, c_0, lengths, reverse=reverse
-    )
+    return _call(FORWARD, shapes)(x, kernel_ih, kernel_hh, bias, h_0, c_0, lengths, reverse=reverse)
 
 
 def _forward_to_differentiate(x, kernel_ih, kernel_hh, bias, h_0, c_0, lengths, reverse):

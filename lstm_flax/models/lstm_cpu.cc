@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -173,25 +174,52 @@ Span Part(int64_t size, int64_t unit, int parts, int index) {
           std::min(size, units * (index + 1) / parts * unit)};
 }
 
-// Calls work(rows, panels, barrier) on as many threads as pay. A thread has some of the batch's
-// rows and some of the panels of weights; the barrier is for those with the same rows. Rows need no
-// barrier, but each thread that has all panels needs them in its own cache.
+// Hands out the rows of a batch, tile by tile: large shares first, small ones at the end, so that a
+// thread that the system starts late, or takes the core from, does less and nobody waits for it.
+class Shares {
+ public:
+  Shares(Span rows, int64_t unit, int threads) : rows_(rows), unit_(unit), threads_(threads) {}
+
+  bool Next(Span* share) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    const int64_t units = (rows_.end - rows_.begin + unit_ - 1) / unit_;
+    const int64_t mine = threads_ == 1 ? units : (units + 2 * threads_ - 1) / (2 * threads_);
+    *share = {rows_.begin, std::min(rows_.end, rows_.begin + mine * unit_)};
+    rows_.begin = share->end;
+    return share->begin < share->end;
+  }
+
+ private:
+  std::mutex mutex_;
+  Span rows_;
+  const int64_t unit_;
+  const int threads_;
+};
+
+// Calls work(panels, next, barrier) on as many threads as pay. A thread has some of the panels of
+// weights, and the rows of the batch that next(&rows) gives it until that is false. Rows need no
+// barrier, but each thread that has all panels needs them in its own cache; so where they are too
+// large for it, or there are fewer tiles of rows than threads, threads share panels instead. Those
+// have the same rows, and a barrier to meet at.
 template <typename Work>
-void Parallel(int64_t batch, int64_t panels, int64_t panel_bytes, Work work) {
+void Parallel(int64_t batch, int64_t unit, int64_t panels, int64_t panel_bytes, Work work) {
   constexpr int64_t kCacheBytes = 1 << 22;
   const int threads = CountCores();
-  int over_rows = std::min<int64_t>(threads, (batch + kTileRows - 1) / kTileRows);
+  int over_rows = std::min<int64_t>(threads, (batch + unit - 1) / unit);
   int over_panels = std::min<int64_t>(threads / over_rows, panels);
   while (over_rows > 1 && over_panels < panels &&
          panels * panel_bytes / over_panels > kCacheBytes) {
     over_rows = (over_rows + 1) / 2;
     over_panels = std::min<int64_t>(threads / over_rows, panels);
   }
+  Shares all({0, batch}, unit, over_rows);
   std::vector<std::unique_ptr<Barrier>> barriers;
   for (int i = 0; i < over_rows; ++i) barriers.push_back(std::make_unique<Barrier>(over_panels));
   auto run = [&](int index) {
     const int row_part = index / over_panels, panel_part = index % over_panels;
-    work(Part(batch, kTileRows, over_rows, row_part), Part(panels, 1, over_panels, panel_part),
+    Shares own(Part(batch, unit, over_rows, row_part), unit, 1);
+    Shares& shares = over_panels == 1 ? all : own;
+    work(Part(panels, 1, over_panels, panel_part), [&](Span* rows) { return shares.Next(rows); },
          *barriers[row_part]);
   };
   std::vector<std::thread> others;
@@ -200,13 +228,42 @@ void Parallel(int64_t batch, int64_t panels, int64_t panel_bytes, Work work) {
   for (auto& other : others) other.join();
 }
 
-// Ask for large pages: a fresh array of many small ones costs as much to map as to fill.
+// Memory for a call, kept for the next one: freshly mapped, it costs more than what is done in it.
+class Scratch {
+ public:
+  explicit Scratch(size_t floats) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    if (!kept_.empty()) {
+      storage_ = std::move(kept_.back());
+      kept_.pop_back();
+    }
+    const size_t vectors = (floats + kLanes - 1) / kLanes;
+    if (storage_.size() < vectors) storage_ = std::vector<Vec>(vectors);
+  }
+  ~Scratch() {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    kept_.push_back(std::move(storage_));
+  }
+  float* data() { return reinterpret_cast<float*>(storage_.data()); }
+
+ private:
+  static std::mutex mutex_;
+  static std::vector<std::vector<Vec>> kept_;
+  std::vector<Vec> storage_;
+};
+std::mutex Scratch::mutex_;
+std::vector<std::vector<Vec>> Scratch::kept_;
+
+// Ask for large pages: a fresh array of many small ones costs as much to map as to fill. XLA lays
+// its arrays side by side in one fresh block, so the large pages at the ends are asked for too; for
+// whoever else has memory there, it is a hint.
 void PreferLargePages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-  if (end > begin + (4 << 20)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  constexpr uintptr_t kPage = 1 << 21;
+  if (bytes < kPage / 4) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes + kPage - 1) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
 
@@ -304,21 +361,23 @@ void RunForward(const ForwardArrays& a) {
   const int64_t panel_size = (1 + features + hidden) * kColumns;
   std::memcpy(a.h_n, a.h_0, batch * hidden * 4);
   std::memcpy(a.c_n, a.c_0, batch * hidden * 4);
-  Parallel(batch, panels, panel_size * 4, [&](Span rows, Span mine, Barrier& barrier) {
-    std::unique_ptr<Vec[]> storage(new Vec[(mine.end - mine.begin) * panel_size / kLanes]);
-    float* packed = reinterpret_cast<float*>(storage.get());
+  Parallel(batch, kTileRows, panels, panel_size * 4, [&](Span mine, auto next, Barrier& barrier) {
+    Scratch scratch((mine.end - mine.begin) * panel_size);
+    float* packed = scratch.data();
     for (int64_t p = mine.begin; p < mine.end; ++p) {
       PackForward(a, p, packed + (p - mine.begin) * panel_size);
     }
-    for (int64_t step = 0; step < time; ++step) {
-      const int64_t t = a.reverse ? time - 1 - step : step;
-      for (int64_t p = mine.begin; p < mine.end; ++p) {
-        const float* panel = packed + (p - mine.begin) * panel_size;
-        for (int64_t row = rows.begin; row < rows.end; row += kTileRows) {
-          CALL_TILE(ForwardTile, rows.end - row, a, row, t, p, panel);
+    for (Span rows; next(&rows);) {
+      for (int64_t step = 0; step < time; ++step) {
+        const int64_t t = a.reverse ? time - 1 - step : step;
+        for (int64_t p = mine.begin; p < mine.end; ++p) {
+          const float* panel = packed + (p - mine.begin) * panel_size;
+          for (int64_t row = rows.begin; row < rows.end; row += kTileRows) {
+            CALL_TILE(ForwardTile, rows.end - row, a, row, t, p, panel);
+          }
         }
+        barrier.Wait();
       }
-      barrier.Wait();
     }
     EndStreams();
   });
@@ -401,21 +460,23 @@ void RunBackward(const BackwardArrays& a) {
   const int64_t panels = (hidden + kColumns - 1) / kColumns;
   const int64_t panel_size = 4 * hidden * kColumns;
   std::memcpy(a.d_c_0, a.d_c_n, batch * hidden * 4);
-  Parallel(batch, panels, panel_size * 4, [&](Span rows, Span mine, Barrier& barrier) {
-    std::unique_ptr<Vec[]> storage(new Vec[(mine.end - mine.begin) * panel_size / kLanes]);
-    float* packed = reinterpret_cast<float*>(storage.get());
+  Parallel(batch, kTileRows, panels, panel_size * 4, [&](Span mine, auto next, Barrier& barrier) {
+    Scratch scratch((mine.end - mine.begin) * panel_size);
+    float* packed = scratch.data();
     for (int64_t p = mine.begin; p < mine.end; ++p) {
       PackBackward(a, p, packed + (p - mine.begin) * panel_size);
     }
-    for (int64_t step = 0; step < time; ++step) {
-      const int64_t t = a.reverse ? step : time - 1 - step;
-      for (int64_t p = mine.begin; p < mine.end; ++p) {
-        const float* panel = packed + (p - mine.begin) * panel_size;
-        for (int64_t row = rows.begin; row < rows.end; row += kTileRows) {
-          CALL_TILE(BackwardTile, rows.end - row, a, row, t, p, panel);
+    for (Span rows; next(&rows);) {
+      for (int64_t step = 0; step < time; ++step) {
+        const int64_t t = a.reverse ? step : time - 1 - step;
+        for (int64_t p = mine.begin; p < mine.end; ++p) {
+          const float* panel = packed + (p - mine.begin) * panel_size;
+          for (int64_t row = rows.begin; row < rows.end; row += kTileRows) {
+            CALL_TILE(BackwardTile, rows.end - row, a, row, t, p, panel);
+          }
         }
+        barrier.Wait();
       }
-      barrier.Wait();
     }
   });
 }
@@ -448,6 +509,22 @@ void GradientTile(const float* const* rows, int64_t k, const float* packed, int6
   }
 }
 
+// Lays a panel of the gates' gradients side by side, and adds its sum over the rows to the bias's.
+void PackGradients(const float* from, int64_t chunk, int64_t gates, int64_t columns, float* packed,
+                   float* d_bias) {
+  for (int v = 0; v < 4; ++v) {
+    const int count = std::clamp<int64_t>(columns - v * kLanes, 0, kLanes);
+    Vec sum{};
+    for (int64_t i = 0; i < chunk; ++i) {
+      const Vec d = Load(from + i * gates + v * kLanes, count);
+      Store(packed + i * kColumns + v * kLanes, d);
+      sum += d;
+    }
+    float* total = d_bias + v * kLanes;
+    if (count > 0) Store(total, Load(total, count) + sum, count);
+  }
+}
+
 // The gradients of both kernels and the bias, from all rows of batch and time.
 void RunWeightGradients(const BackwardArrays& a) {
   const auto [batch, time, features, hidden] = a.size;
@@ -455,43 +532,34 @@ void RunWeightGradients(const BackwardArrays& a) {
   std::memset(a.d_kernel_ih, 0, features * gates * 4);
   std::memset(a.d_kernel_hh, 0, hidden * gates * 4);
   std::memset(a.d_bias, 0, gates * 4);
-  // All threads see all rows, so that no sum depends on how many threads there are.
-  Parallel(1, panels, 0, [&, features = features, hidden = hidden, time = time, batch = batch](
-                             Span, Span mine, Barrier&) {
+  // Whoever has a panel sees all rows, so that no sum depends on how many threads there are.
+  Parallel(panels, 1, 1, 0, [&, features = features, hidden = hidden, time = time, batch = batch](
+                                Span, auto next, Barrier&) {
     alignas(64) static thread_local float packed[kChunk * kColumns];
     const float *inputs[kChunk], *states[kChunk];
-    for (int64_t begin = 0; begin < batch * time; begin += kChunk) {
-      const int64_t chunk = std::min(kChunk, batch * time - begin);
-      for (int64_t i = 0; i < chunk; ++i) {
-        const int64_t row = begin + i, b = row / time, t = row % time;
-        const bool is_first = a.reverse ? t + 1 >= a.lengths[b] : t == 0;
-        inputs[i] = a.x + row * features;
-        states[i] = is_first ? a.h_0 + b * hidden : a.outputs + (row + (a.reverse ? 1 : -1)) * hidden;
-      }
-      for (int64_t p = mine.begin; p < mine.end; ++p) {
-        const int64_t column = p * kColumns, columns = std::min<int64_t>(kColumns, gates - column);
-        Vec sums[4] = {};
+    for (Span mine; next(&mine);) {
+      for (int64_t begin = 0; begin < batch * time; begin += kChunk) {
+        const int64_t chunk = std::min(kChunk, batch * time - begin);
         for (int64_t i = 0; i < chunk; ++i) {
-          const float* from = a.gates + (begin + i) * gates + column;
-          for (int v = 0; v < 4; ++v) {
-            const int count = std::clamp<int64_t>(columns - v * kLanes, 0, kLanes);
-            const Vec d = Load(from + v * kLanes, count);
-            Store(packed + i * kColumns + v * kLanes, d);
-            sums[v] += d;
+          const int64_t row = begin + i, b = row / time, t = row % time;
+          const bool is_first = a.reverse ? t + 1 >= a.lengths[b] : t == 0;
+          inputs[i] = a.x + row * features;
+          states[i] =
+              is_first ? a.h_0 + b * hidden : a.outputs + (row + (a.reverse ? 1 : -1)) * hidden;
+        }
+        for (int64_t p = mine.begin; p < mine.end; ++p) {
+          const int64_t column = p * kColumns;
+          const int64_t columns = std::min<int64_t>(kColumns, gates - column);
+          PackGradients(a.gates + begin * gates + column, chunk, gates, columns, packed,
+                        a.d_bias + column);
+          for (int64_t k = 0; k < features; k += kTileRows) {
+            CALL_TILE(GradientTile, features - k, inputs, k, packed, chunk,
+                      a.d_kernel_ih + column, gates, columns);
           }
-        }
-        for (int v = 0; v * kLanes < columns; ++v) {
-          const int count = std::min<int64_t>(kLanes, columns - v * kLanes);
-          float* sum = a.d_bias + column + v * kLanes;
-          Store(sum, Load(sum, count) + sums[v], count);
-        }
-        for (int64_t k = 0; k < features; k += kTileRows) {
-          CALL_TILE(GradientTile, features - k, inputs, k, packed, chunk, a.d_kernel_ih + column,
-                    gates, columns);
-        }
-        for (int64_t k = 0; k < hidden; k += kTileRows) {
-          CALL_TILE(GradientTile, hidden - k, states, k, packed, chunk, a.d_kernel_hh + column,
-                    gates, columns);
+          for (int64_t k = 0; k < hidden; k += kTileRows) {
+            CALL_TILE(GradientTile, hidden - k, states, k, packed, chunk, a.d_kernel_hh + column,
+                      gates, columns);
+          }
         }
       }
     }

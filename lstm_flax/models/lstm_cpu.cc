@@ -279,6 +279,7 @@ struct ForwardArrays {
   const int32_t* lengths;
   bool reverse;
   float *outputs, *h_n, *c_n, *gates, *cells;  // the last two may be null
+  float* sums = nullptr;  // [batch, time, 4 * hidden] of bias and inputs, where added up ahead
 };
 
 // A panel: for each feature and each hidden unit that is multiplied, 4 gates of kLanes units.
@@ -293,6 +294,26 @@ void PackForward(const ForwardArrays& a, int64_t panel, float* to) {
   pack_row(a.bias);
   for (int64_t k = 0; k < a.size.features; ++k) pack_row(a.kernel_ih + k * 4 * hidden);
   for (int64_t k = 0; k < hidden; ++k) pack_row(a.kernel_hh + k * 4 * hidden);
+}
+
+// For a batch of less than a tile: the part of the inputs in the sums, for so many rows of batch and
+// time at once, so that their weights are not read again at each step.
+template <int kRows>
+void InputTile(const ForwardArrays& a, int64_t row, int64_t panel, const float* packed) {
+  const auto [batch, time, features, hidden] = a.size;
+  const float* inputs[kRows];
+  for (int r = 0; r < kRows; ++r) inputs[r] = a.x + (row + r) * features;
+  Vec acc[kRows][4];
+  for (int v = 0; v < 4; ++v) {
+    for (int r = 0; r < kRows; ++r) acc[r][v] = Load(packed + v * kLanes);
+  }
+  Multiply<kRows>(acc, inputs, packed + kColumns, features);
+  const int64_t unit = panel * kLanes;
+  const int count = std::min<int64_t>(kLanes, hidden - unit);
+  for (int r = 0; r < kRows; ++r) {
+    float* sums = a.sums + (row + r) * 4 * hidden + unit;
+    for (int gate = 0; gate < 4; ++gate) Store(sums + gate * hidden, acc[r][gate], count);
+  }
 }
 
 template <int kRows>
@@ -314,9 +335,13 @@ void ForwardTile(const ForwardArrays& a, int64_t row, int64_t t, int64_t panel,
   Vec acc[kRows][4];
   if (any) {
     for (int v = 0; v < 4; ++v) {
-      for (int r = 0; r < kRows; ++r) acc[r][v] = Load(packed + v * kLanes);
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t step = (row + r) * time + t;
+        acc[r][v] = a.sums ? Load(a.sums + (step * 4 + v) * hidden + unit, count)
+                           : Load(packed + v * kLanes);
+      }
     }
-    Multiply<kRows>(acc, inputs, packed + kColumns, features);
+    if (!a.sums) Multiply<kRows>(acc, inputs, packed + kColumns, features);
     Multiply<kRows>(acc, states, packed + (1 + features) * kColumns, hidden);
   }
   for (int r = 0; r < kRows; ++r) {
@@ -355,17 +380,23 @@ void ForwardTile(const ForwardArrays& a, int64_t row, int64_t t, int64_t panel,
     default: Tile<kTileRows>(__VA_ARGS__);             \
   }
 
-void RunForward(const ForwardArrays& a) {
+void RunForward(ForwardArrays a) {
   const auto [batch, time, features, hidden] = a.size;
+  Scratch sums(batch < kTileRows && !a.gates ? batch * time * 4 * hidden : 0);
+  if (batch < kTileRows) a.sums = a.gates ? a.gates : sums.data();
   const int64_t panels = (hidden + kLanes - 1) / kLanes;
   const int64_t panel_size = (1 + features + hidden) * kColumns;
   std::memcpy(a.h_n, a.h_0, batch * hidden * 4);
   std::memcpy(a.c_n, a.c_0, batch * hidden * 4);
-  Parallel(batch, kTileRows, panels, panel_size * 4, [&](Span mine, auto next, Barrier& barrier) {
+  Parallel(batch, kTileRows, panels, panel_size * 4, [&, batch = batch, time = time](Span mine, auto next, Barrier& barrier) {
     Scratch scratch((mine.end - mine.begin) * panel_size);
     float* packed = scratch.data();
     for (int64_t p = mine.begin; p < mine.end; ++p) {
-      PackForward(a, p, packed + (p - mine.begin) * panel_size);
+      float* panel = packed + (p - mine.begin) * panel_size;
+      PackForward(a, p, panel);
+      for (int64_t row = 0; a.sums && row < batch * time; row += kTileRows) {
+        CALL_TILE(InputTile, batch * time - row, a, row, p, panel);
+      }
     }
     for (Span rows; next(&rows);) {
       for (int64_t step = 0; step < time; ++step) {

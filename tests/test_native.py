@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ def normal(seed, *shape):
 def pair(x, **options):
     """The same stack by the kernel and by the scan, and parameters for both."""
     scan = LSTMStack(implementation="scan", **options)
-    params = scan.init(jax.random.key(0), x)["params"]
+    params = jax.jit(scan.init)(jax.random.key(0), x)["params"]
     moved = jax.tree.map(lambda p: p + 0.1 * normal(p.size, *p.shape), params)
     return scan.clone(implementation="native"), scan, moved
 
@@ -43,11 +44,12 @@ def assert_close(actual, expected, tolerance=2e-6):
 def test_values_and_gradients_are_the_scans(batch, time, features, hidden, options):
     shape = (time, batch, features) if options else (batch, time, features)
     x = normal(1, *shape)
-    kernel, scan, params = pair(x, hidden_size=hidden, num_layers=2, **options)
-    states = 2 * (2 if options else 1)
+    states = 2  # layers, or directions
+    kernel, scan, params = pair(x, hidden_size=hidden, num_layers=1 if options else 2, **options)
     carry = (normal(2, states, batch, hidden), normal(3, states, batch, hidden))
     lengths = jax.random.randint(jax.random.key(4), (batch,), 1, time + 1)
 
+    @partial(jax.jit, static_argnums=0)
     def run(stack):
         def apply(params, x, carry):
             return stack.apply({"params": params}, x, carry, seq_lengths=lengths)
@@ -57,6 +59,32 @@ def test_values_and_gradients_are_the_scans(batch, time, features, hidden, optio
         return values, pullback(cotangents)
 
     assert_close(run(kernel), run(scan), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "time", "features", "hidden"),
+    [(1, 1, 1, 2), (6, 4, 28, 16), (13, 11, 9, 38)],
+)
+def test_in_bfloat16_it_is_as_near_to_float32_as_the_scan(batch, time, features, hidden):
+    if reason := native.problem(jnp.bfloat16):
+        pytest.skip(reason)
+    x = normal(1, batch, time, features)
+    kernel, scan, params = pair(x, hidden_size=hidden, bidirectional=True, dtype=jnp.bfloat16)
+    lengths = jax.random.randint(jax.random.key(4), (batch,), 1, time + 1)
+
+    def run(stack):
+        def loss(params, x):
+            outputs, (h_n, c_n) = stack.apply({"params": params}, x, seq_lengths=lengths)
+            loss = (outputs.astype(jnp.float32) ** 2).sum() + (c_n**3).sum()
+            return loss, (outputs, h_n, c_n)
+
+        return jax.tree.leaves(jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x))
+
+    exact = run(scan.clone(dtype=jnp.float32))
+    for ours, theirs, expected in zip(run(kernel), run(scan), exact, strict=True):
+        assert ours.dtype == theirs.dtype
+        error, allowed = (np.abs(a.astype(np.float32) - expected).max() for a in (ours, theirs))
+        assert error <= 1.5 * allowed + 0.004 * np.abs(expected).max()  # bfloat16 has 8 bits
 
 
 @pytest.mark.parametrize(
@@ -87,7 +115,7 @@ def test_the_default_takes_it_and_makes_the_same_parameters():
     # What it computes differs in the last bits, so that one can tell.
     variables = stack.init(jax.random.key(0), x)
     text = jax.jit(stack.apply).lower(variables, x).as_text()
-    assert native.FORWARD in text
+    assert native.FORWARD.format("float32") in text
 
 
 def test_padding_is_never_read():
@@ -157,12 +185,13 @@ def test_vmap_and_checkpoint_and_scan_go_through_it():
         ({"proj_size": 3}, "proj_size"),
         ({"zoneout": 0.1}, "zoneout"),
         ({"zoneout_cell": 0.1}, "zoneout"),
-        ({"dtype": jnp.bfloat16}, "not float32"),
+        ({"dtype": jnp.bfloat16, "hidden_size": 7}, "an odd hidden_size in bfloat16"),
+        ({"dtype": jnp.float16}, "products in float16 of parameters in float32"),
     ],
 )
 def test_it_says_why_it_scans_instead(options, reason):
     x = normal(1, 2, 5, 4)
-    kernel, scan, params = pair(x, hidden_size=8, **options)
+    kernel, scan, params = pair(x, **{"hidden_size": 8} | options)
     with pytest.warns(UserWarning, match=f"implementation='native' scans: {reason}"):
         actual = kernel.apply({"params": params}, x)
     assert_close(actual, scan.apply({"params": params}, x), 0)

@@ -260,7 +260,8 @@ class LSTMStack(RecurrentStack):
         time_major: time is the first axis of x and of the outputs.
         kernel_init, recurrent_init, bias_init, dtype, param_dtype, precision: the cell's.
         implementation: "scan" is the plain `nn.scan` of cells, which the others are equal to;
-            "native" is the kernel in `lstm_flax.models.native`, for one CPU in float32; "auto"
+            "native" is the kernel in `lstm_flax.models.native`, for one CPU, in float32, and in
+            bfloat16 where the CPU multiplies that; "auto"
             takes the faster one that the options and the machine allow. Where "native" is asked
             for and impossible, a warning says why, and it scans; "auto" logs that to the logger
             "lstm_flax". `jax.jvp`, derivatives of derivatives and `jax.export` need "scan".
@@ -287,20 +288,24 @@ class LSTMStack(RecurrentStack):
             x: what it would be called with.
             deterministic: the same.
         """
-        dtypes = {jnp.dtype(self.param_dtype), jnp.dtype(self.dtype or self.param_dtype)}
+        dtype = jnp.dtype(self.dtype or self.param_dtype)
+        is_known = dtype.name in native.DTYPES and self.param_dtype == jnp.float32
         reasons = {
             "layer_norm": self.layer_norm,
             "proj_size": self.proj_size,
             "zoneout": self.zoneout or self.zoneout_cell,
             "recurrent_dropout": self.recurrent_dropout and not deterministic,
-            "not float32": dtypes != {jnp.dtype("float32")},
+            f"products in {dtype.name} of parameters in {jnp.dtype(self.param_dtype).name}": (
+                not is_known
+            ),
+            "an odd hidden_size in bfloat16": dtype == jnp.bfloat16 and self.hidden_size % 2,
             "gates are asked for": self.scope and self.is_mutable_collection("gates"),
             "nothing to compute": 0 in x.shape,
             "not on a CPU": jax.default_backend() != "cpu",
             "several devices": jax.device_count() > 1,
         }
         found = [reason for reason, applies in reasons.items() if applies]
-        return found[0] if found else native.problem()
+        return found[0] if found else native.problem(dtype)
 
     def run_native(
         self, cell: RecurrentCell, carry: Carry, x: jax.Array, lengths: Any, reverse: bool
@@ -311,7 +316,7 @@ class LSTMStack(RecurrentStack):
         batch, time, _ = x.shape
         bias = self._weight(cell, "bias") if self.use_bias else jnp.zeros(4 * self.hidden_size)
         outputs, h_n, c_n = native.lstm_layer(
-            x.astype(jnp.float32),
+            x.astype(cell.compute_dtype),
             self._weight(cell, "kernel_ih"),
             self._weight(cell, "kernel_hh"),
             bias.astype(jnp.float32),

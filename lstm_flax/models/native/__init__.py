@@ -1,12 +1,12 @@
 """An LSTM layer as one kernel in C++ for CPUs, behind `implementation="native"`.
 
 XLA runs each time step as small products and loops that pass their results through memory, and its
-matrix product is slower at these sizes than the processor allows; `lstm_cpu.cc` says what it does
+matrix product is slower at these sizes than the processor allows; `kernel.cc` says what it does
 instead. It is compiled on first use by the machine's own C++ compiler, for the machine's own
 processor, in a few seconds, and kept in the user's cache folder.
 
-It computes in float32. It has reverse-mode derivatives of first order alone, and no place in what
-`jax.export` writes.
+It multiplies in float32, or in bfloat16 where the processor does. It has reverse-mode derivatives
+of first order alone, and no place in what `jax.export` writes.
 """
 
 import ctypes
@@ -23,26 +23,46 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import jaxlib
+from jax.typing import DTypeLike
 
-SOURCE = Path(__file__).with_name("lstm_cpu.cc")
+SOURCES = sorted(Path(__file__).parent.glob("*.[ch]*"))  # kernel.cc and its headers
+KERNEL = Path(__file__).with_name("kernel.cc")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread", "-w")
 COMPILE_SECONDS = 300  # of which it needs a few
 
 # What a user sees who exports a model with the kernel in it: the name is part of JAX's message.
-FORWARD = "lstm_flax's forward kernel (to export, set implementation='scan')"
-BACKWARD = "lstm_flax's backward kernel (to export, set implementation='scan')"
+FORWARD = "lstm_flax's {} forward kernel (to export, set implementation='scan')"
+BACKWARD = "lstm_flax's {} backward kernel (to export, set implementation='scan')"
+DTYPES = ("float32", "bfloat16")
+
+
+def problem(dtype: DTypeLike) -> str | None:
+    """Load the kernel, compiled if need be; returns in one line why it can't be had, or None.
+
+    Args:
+        dtype: of the products.
+    """
+    found = _load()
+    if isinstance(found, str):
+        return found
+    if jnp.dtype(dtype).name in found:
+        return None
+    return f"this processor has no products in {jnp.dtype(dtype).name}"
 
 
 @functools.cache
-def problem() -> str | None:
-    """Load the kernel, compiled if need be; returns in one line why it can't be had, or None."""
+def _load() -> str | tuple[str, ...]:
+    """Register what the kernel has with XLA: the dtypes of the products, or why it has none."""
     try:
         library = ctypes.CDLL(str(_compiled()))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return str(error)
-    for name, function in ((FORWARD, library.lstm_forward), (BACKWARD, library.lstm_backward)):
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
-    return None
+    found = tuple(name for name in DTYPES if hasattr(library, f"lstm_forward_{name}"))
+    for dtype in found:
+        for name, symbol in ((FORWARD, "lstm_forward"), (BACKWARD, "lstm_backward")):
+            function = jax.ffi.pycapsule(getattr(library, f"{symbol}_{dtype}"))
+            jax.ffi.register_ffi_target(name.format(dtype), function, platform="cpu")
+    return found
 
 
 def _compiled() -> Path:
@@ -53,7 +73,8 @@ def _compiled() -> Path:
         OSError: the cache folder can't be written.
     """
     compiler = shutil.which(os.environ.get("CXX", "c++"))
-    parts = (SOURCE.read_text(), _processor(), jaxlib.__version__, str(compiler), *FLAGS)
+    code = "".join(source.read_text() for source in SOURCES)
+    parts = (code, _processor(), jaxlib.__version__, str(compiler), *FLAGS)
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lstm_flax"
     path = folder / f"lstm_cpu-{key}.so"
@@ -69,7 +90,7 @@ def _compiled() -> Path:
             compiler,
             *FLAGS,
             f"-I{jax.ffi.include_dir()}",
-            str(SOURCE),
+            str(KERNEL),
             "-o",
             str(unfinished),
         ]
@@ -103,18 +124,19 @@ def lstm_layer(
     """One layer and direction over whole sequences, as a scan of `LSTMCell` computes it.
 
     Args:
-        x: float32 [batch, time, features], zero in the padding.
+        x: float32 or bfloat16 [batch, time, features], zero in the padding; its dtype is that of
+            the products. In bfloat16 there must be an even number of hidden units.
         kernel_ih: float32 [features, 4 * hidden_size].
         kernel_hh: float32 [hidden_size, 4 * hidden_size].
         bias: float32 [4 * hidden_size].
-        h_0: float32 [batch, hidden_size], as is c_0.
-        c_0: the cell state before the first step.
+        h_0: [batch, hidden_size], as x.
+        c_0: float32 [batch, hidden_size].
         lengths: int32 [batch], from 0 to time.
         reverse: start each sequence at its end.
 
     Returns:
         `(outputs, h_n, c_n)`: [batch, time, hidden_size], zero in the padding, and the final
-        states, [batch, hidden_size] each.
+        states, [batch, hidden_size] each; the dtypes are those of x, h_0 and c_0.
     """
     outputs, h_n, c_n, _, _ = _forward(
         x, kernel_ih, kernel_hh, bias, h_0, c_0, lengths, reverse=reverse, keep=False
@@ -124,10 +146,19 @@ def lstm_layer(
 
 def _forward(x, kernel_ih, kernel_hh, bias, h_0, c_0, lengths, *, reverse: bool, keep: bool):
     """The layer, and what the backward pass needs if that is to be kept: gates and cell states."""
-    (batch, time, _), hidden = x.shape, len(kernel_hh)
-    shapes = [(batch, time, hidden), h_0.shape, c_0.shape]
-    shapes += [(batch, time, 4 * hidden), (batch, time, hidden)] if keep else [(0,), (0,)]
-    return _call(FORWARD, shapes)(x, kernel_ih, kernel_hh, bias, h_0, c_0, lengths, reverse=reverse)
+    (batch, time, features), hidden = x.shape, len(kernel_hh)
+    if x.dtype == jnp.bfloat16 and features % 2:  # which it takes two at a time
+        x, kernel_ih = jnp.pad(x, ((0, 0), (0, 0), (0, 1))), jnp.pad(kernel_ih, ((0, 1), (0, 0)))
+    kept = [(batch, time, 4 * hidden), (batch, time, hidden)] if keep else [(0,), (0,)]
+    results = [
+        jax.ShapeDtypeStruct((batch, time, hidden), x.dtype),
+        jax.ShapeDtypeStruct(h_0.shape, x.dtype),
+        jax.ShapeDtypeStruct(c_0.shape, jnp.float32),
+        *[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in kept],
+    ]
+    return _call(FORWARD, x.dtype, results)(
+        x, kernel_ih, kernel_hh, bias, h_0, c_0, lengths, reverse=reverse
+    )
 
 
 def _forward_to_differentiate(x, kernel_ih, kernel_hh, bias, h_0, c_0, lengths, reverse):
@@ -140,25 +171,34 @@ def _forward_to_differentiate(x, kernel_ih, kernel_hh, bias, h_0, c_0, lengths, 
 
 def _backward(reverse, kept, cotangents):
     x, kernel_ih, kernel_hh, h_0, c_0, lengths, outputs, gates, cells = kept
-    results = (gates, kernel_ih, kernel_hh, gates[0, 0], c_0)
+    features, is_float32 = x.shape[2], x.dtype == jnp.float32
+    if x.dtype == jnp.bfloat16 and features % 2:
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, 1)))
+    weights = [(x.shape[2], gates.shape[2]), kernel_hh.shape, gates.shape[2:]]
+    results = [
+        jax.ShapeDtypeStruct(gates.shape, x.dtype),
+        *[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (*weights, c_0.shape)],
+    ]
     gates_at = 6  # among the operands; their gradients take their place
-    d_gates, d_ih, d_hh, d_bias, d_c_0 = _call(
-        BACKWARD, [like.shape for like in results], input_output_aliases={gates_at: 0}
-    )(
+    aliases = {"input_output_aliases": {gates_at: 0}} if is_float32 else {}
+    d_gates, d_ih, d_hh, d_bias, d_c_0 = _call(BACKWARD, x.dtype, results, **aliases)(
         x, kernel_hh, h_0, c_0, lengths, outputs, gates, cells, *cotangents, reverse=reverse
-    )  # fmt: skip
+    )
+
     # XLA leaves out what nobody asks for, often both of these.
-    exact = jax.lax.Precision.HIGHEST
+    def times_transposed(d, kernel):
+        d, kernel = d.astype(jnp.float32), kernel.astype(x.dtype).astype(jnp.float32)
+        return jnp.dot(d, kernel.T, precision=jax.lax.Precision.HIGHEST).astype(x.dtype)
+
     first = jnp.maximum(lengths - 1, 0) if reverse else jnp.zeros_like(lengths)
     at_first = jnp.take_along_axis(d_gates, first[:, None, None], axis=1)[:, 0]
-    d_h_0 = jnp.dot(at_first, kernel_hh.T, precision=exact)
-    d_x = jnp.dot(d_gates, kernel_ih.T, precision=exact)
-    return d_x, d_ih, d_hh, d_bias, d_h_0, d_c_0, None
+    d_h_0, d_x = times_transposed(at_first, kernel_hh), times_transposed(d_gates, kernel_ih)
+    return d_x, d_ih[:features], d_hh, d_bias, d_h_0, d_c_0, None
 
 
 lstm_layer.defvjp(_forward_to_differentiate, _backward)
 
 
-def _call(name: str, shapes: list[tuple[int, ...]], **options) -> Callable:
-    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return jax.ffi.ffi_call(name, results, vmap_method="sequential", **options)
+def _call(name: str, dtype: DTypeLike, results: list[jax.ShapeDtypeStruct], **options) -> Callable:
+    target = name.format(jnp.dtype(dtype).name)
+    return jax.ffi.ffi_call(target, results, vmap_method="sequential", **options)

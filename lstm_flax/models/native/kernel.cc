@@ -1,0 +1,501 @@
+// One LSTM layer over whole sequences, forward and backward, on a CPU.
+//
+// XLA would run each time step as several small products and loops with memory between them. Here
+// a step's two products and everything after them happen in registers, tile by tile, and each
+// core keeps its share of the weights in its own cache from the first step to the last.
+//
+// Arrays are dense and in C order: x [batch, time, features], outputs and cells [batch, time,
+// hidden], gates [batch, time, 4 * hidden] with i, f, g, o side by side, as everywhere. Inputs,
+// outputs and their gradients are of the type N::Number that is multiplied; weights come and go in
+// float32, and sums, gates and cell states never are anything else.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "threads.h"
+#include "vectors.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace lstm {
+
+struct Sizes {
+  int64_t batch, time, features, hidden;
+};
+
+// How many of a layer's units, from `unit` on, a vector has.
+inline int CountLanes(int64_t hidden, int64_t unit) {
+  return std::min<int64_t>(kLanes, hidden - unit);
+}
+
+template <typename Number>
+const float* AsWords(const Number* numbers) {
+  return reinterpret_cast<const float*>(numbers);
+}
+
+// Calls Tile<N, rows>(arguments) with a constant number of rows.
+#define CALL_TILE(Tile, rows, ...)                               \
+  switch (rows) {                                                \
+    case 1: Tile<N, 1>(__VA_ARGS__); break;                      \
+    case 2: Tile<N, 2>(__VA_ARGS__); break;                      \
+    case 3: Tile<N, 3>(__VA_ARGS__); break;                      \
+    case 4: Tile<N, std::min(4, kTileRows)>(__VA_ARGS__); break; \
+    case 5: Tile<N, std::min(5, kTileRows)>(__VA_ARGS__); break; \
+    default: Tile<N, kTileRows>(__VA_ARGS__);                    \
+  }
+
+// ---- Forward.
+
+template <typename N>
+struct ForwardArrays {
+  typedef typename N::Number Number;
+  Sizes size;
+  const Number* x;
+  const float *kernel_ih, *kernel_hh, *bias;
+  const Number* h_0;
+  const float* c_0;
+  const int32_t* lengths;
+  bool reverse;
+  Number *outputs, *h_n;
+  float *c_n, *gates, *cells;  // the last two may be null
+  float* sums = nullptr;  // [batch, time, 4 * hidden] of bias and inputs, where added up ahead
+};
+
+// A panel: the bias, then for each word of features and of hidden units 4 gates of kLanes units.
+template <typename N>
+int64_t ForwardPanelSize(const Sizes& size) {
+  return (1 + size.features / N::kPerWord + size.hidden / N::kPerWord) * kColumns;
+}
+
+template <typename N>
+void PackForward(const ForwardArrays<N>& a, int64_t panel, float* to) {
+  const int64_t hidden = a.size.hidden, unit = panel * kLanes;
+  const int count = CountLanes(hidden, unit);
+  for (int gate = 0; gate < 4; ++gate, to += kLanes) {
+    Store(to, Load(a.bias + gate * hidden + unit, count));
+  }
+  auto pack = [&](const float* kernel, int64_t rows) {
+    for (int64_t k = 0; k < rows; k += N::kPerWord) {
+      for (int gate = 0; gate < 4; ++gate, to += kLanes) {
+        const float* first = kernel + (4 * k + gate) * hidden + unit;
+        const float* second = first + (N::kPerWord - 1) * 4 * hidden;
+        Store(to, N::Join(Load(first, count), Load(second, count)));
+      }
+    }
+  };
+  pack(a.kernel_ih, a.size.features);
+  pack(a.kernel_hh, hidden);
+}
+
+// For a batch of less than a tile: the part of the inputs in the sums, for so many rows of batch and
+// time at once, so that their weights are not read again at each step.
+template <typename N, int kRows>
+void InputTile(const ForwardArrays<N>& a, int64_t row, int64_t panel, const float* packed) {
+  const auto [batch, time, features, hidden] = a.size;
+  const float* inputs[kRows];
+  for (int r = 0; r < kRows; ++r) inputs[r] = AsWords(a.x + (row + r) * features);
+  Vec acc[kRows][4];
+  for (int v = 0; v < 4; ++v) {
+    for (int r = 0; r < kRows; ++r) acc[r][v] = Load(packed + v * kLanes);
+  }
+  Multiply<N, kRows>(acc, inputs, packed + kColumns, features / N::kPerWord);
+  const int64_t unit = panel * kLanes;
+  const int count = CountLanes(hidden, unit);
+  for (int r = 0; r < kRows; ++r) {
+    float* sums = a.sums + (row + r) * 4 * hidden + unit;
+    for (int gate = 0; gate < 4; ++gate) Store(sums + gate * hidden, acc[r][gate], count);
+  }
+}
+
+template <typename N, int kRows>
+void ForwardTile(const ForwardArrays<N>& a, int64_t row, int64_t t, int64_t panel,
+                 const float* packed) {
+  const auto [batch, time, features, hidden] = a.size;
+  const float *inputs[kRows], *states[kRows];
+  bool any = false;
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t b = row + r, length = a.lengths[b], step = b * time + t;
+    any |= t < length;
+    const bool is_first = a.reverse ? t + 1 >= length : t == 0;
+    inputs[r] = AsWords(a.x + step * features);
+    states[r] = AsWords(is_first ? a.h_0 + b * hidden
+                                 : a.outputs + (step + (a.reverse ? 1 : -1)) * hidden);
+  }
+  const int64_t unit = panel * kLanes;
+  const int count = CountLanes(hidden, unit);
+  Vec acc[kRows][4];
+  if (any) {
+    for (int v = 0; v < 4; ++v) {
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t step = (row + r) * time + t;
+        acc[r][v] = a.sums ? Load(a.sums + (step * 4 + v) * hidden + unit, count)
+                           : Load(packed + v * kLanes);
+      }
+    }
+    const int64_t words = features / N::kPerWord;
+    if (!a.sums) Multiply<N, kRows>(acc, inputs, packed + kColumns, words);
+    Multiply<N, kRows>(acc, states, packed + (1 + words) * kColumns, hidden / N::kPerWord);
+  }
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t b = row + r, step = b * time + t;
+    float* c_n = a.c_n + b * hidden + unit;
+    Vec h{}, i{}, f{}, g{}, o{}, c{};
+    if (t < a.lengths[b]) {
+      i = Sigmoid(acc[r][0]), f = Sigmoid(acc[r][1]), g = Tanh(acc[r][2]), o = Sigmoid(acc[r][3]);
+      c = f * Load(c_n, count) + i * g;
+      h = o * Tanh(c);
+      Store(c_n, c, count);
+      N::Write(a.h_n + b * hidden + unit, h, count);
+    }
+    N::Write(a.outputs + step * hidden + unit, h, count);
+    if (a.gates) {
+      float* gates = a.gates + step * 4 * hidden + unit;
+      Stream(gates, i, count);
+      Stream(gates + hidden, f, count);
+      Stream(gates + 2 * hidden, g, count);
+      Stream(gates + 3 * hidden, o, count);
+      Stream(a.cells + step * hidden + unit, c, count);
+    }
+  }
+}
+
+template <typename N>
+void RunForward(ForwardArrays<N> a) {
+  const int64_t batch = a.size.batch, time = a.size.time, hidden = a.size.hidden;
+  const bool ahead = batch < kTileRows;
+  Scratch sums(ahead && !a.gates ? batch * time * 4 * hidden : 0);
+  if (ahead) a.sums = a.gates ? a.gates : sums.data();
+  const int64_t panels = (hidden + kLanes - 1) / kLanes, panel_size = ForwardPanelSize<N>(a.size);
+  std::memcpy(a.h_n, a.h_0, batch * hidden * sizeof *a.h_n);
+  std::memcpy(a.c_n, a.c_0, batch * hidden * sizeof *a.c_n);
+  auto work = [&](Span mine, auto next, Barrier& barrier) {
+    Scratch scratch((mine.end - mine.begin) * panel_size);
+    for (int64_t p = mine.begin; p < mine.end; ++p) {
+      float* panel = scratch.data() + (p - mine.begin) * panel_size;
+      PackForward(a, p, panel);
+      for (int64_t row = 0; ahead && row < batch * time; row += kTileRows) {
+        CALL_TILE(InputTile, batch * time - row, a, row, p, panel);
+      }
+    }
+    for (Span rows; next(&rows);) {
+      for (int64_t step = 0; step < time; ++step) {
+        const int64_t t = a.reverse ? time - 1 - step : step;
+        for (int64_t p = mine.begin; p < mine.end; ++p) {
+          const float* panel = scratch.data() + (p - mine.begin) * panel_size;
+          for (int64_t row = rows.begin; row < rows.end; row += kTileRows) {
+            CALL_TILE(ForwardTile, rows.end - row, a, row, t, p, panel);
+          }
+        }
+        barrier.Wait();
+      }
+    }
+    EndStreams();
+  };
+  Parallel(batch, kTileRows, panels, panel_size * 4, work);
+}
+
+// ---- Backward.
+
+template <typename N>
+struct BackwardArrays {
+  typedef typename N::Number Number;
+  Sizes size;
+  const Number* x;
+  const float* kernel_hh;
+  const Number* h_0;
+  const float* c_0;
+  const Number* outputs;
+  const float *gates, *cells;
+  const Number *d_outputs, *d_h_n;
+  const float* d_c_n;
+  const int32_t* lengths;
+  bool reverse;
+  Number* d_gates;  // of the sums that went into the gates; may be where the gates are
+  float *d_kernel_ih, *d_kernel_hh, *d_bias, *d_c_0;
+  const Number* zeros;  // as many as there are gates, features or units
+};
+
+// A panel: for each word of a row of kernel_hh, that word of kColumns rows.
+template <typename N>
+void PackBackward(const BackwardArrays<N>& a, int64_t panel, float* to) {
+  const int64_t hidden = a.size.hidden, unit = panel * kColumns, words = 4 * hidden / N::kPerWord;
+  for (int64_t k = 0; k < words; k += kLanes) {
+    const int64_t end = std::min<int64_t>(k + kLanes, words);
+    for (int64_t j = 0; j < kColumns; ++j) {
+      alignas(64) typename N::Number numbers[N::kPerWord * kLanes] = {};
+      for (int v = 0; v < N::kPerWord && unit + j < hidden; ++v) {
+        const int64_t gate = k * N::kPerWord + v * kLanes;
+        const int count = std::clamp<int64_t>(4 * hidden - gate, 0, kLanes);
+        N::Write(numbers + v * kLanes, Load(a.kernel_hh + (unit + j) * 4 * hidden + gate, count),
+                 count);
+      }
+      for (int64_t w = k; w < end; ++w) {
+        std::memcpy(to + w * kColumns + j, numbers + (w - k) * N::kPerWord, 4);
+      }
+    }
+  }
+}
+
+template <typename N, int kRows>
+void BackwardTile(const BackwardArrays<N>& a, int64_t row, int64_t t, int64_t panel,
+                  const float* packed) {
+  const auto [batch, time, features, hidden] = a.size;
+  const float* later[kRows];
+  bool any = false;
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t b = row + r, length = a.lengths[b];
+    const bool is_last = a.reverse ? t == 0 : t + 1 >= length;
+    any |= !is_last && t < length;
+    later[r] = AsWords(is_last ? a.zeros
+                               : a.d_gates + (b * time + t + (a.reverse ? -1 : 1)) * 4 * hidden);
+  }
+  Vec acc[kRows][4] = {};
+  if (any) Multiply<N, kRows>(acc, later, packed, 4 * hidden / N::kPerWord);
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t b = row + r, length = a.lengths[b], step = b * time + t;
+    const bool is_last = a.reverse ? t == 0 : t + 1 >= length;
+    const bool is_first = a.reverse ? t + 1 >= length : t == 0;
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const int64_t unit = panel * kColumns + v * kLanes;
+      if (unit >= hidden) break;
+      const int count = CountLanes(hidden, unit);
+      const float* gates = a.gates + step * 4 * hidden + unit;
+      typename N::Number* d_gates = a.d_gates + step * 4 * hidden + unit;
+      if (t >= length) {
+        for (int gate = 0; gate < 4; ++gate) N::Write(d_gates + gate * hidden, Vec{}, count);
+        continue;
+      }
+      float* d_c_0 = a.d_c_0 + b * hidden + unit;
+      const float* before =
+          is_first ? a.c_0 + b * hidden : a.cells + (step + (a.reverse ? 1 : -1)) * hidden;
+      Vec d_h = acc[r][v] + N::Read(a.d_outputs + step * hidden + unit, count);
+      if (is_last) d_h += N::Read(a.d_h_n + b * hidden + unit, count);
+      const Vec i = Load(gates, count), f = Load(gates + hidden, count);
+      const Vec g = Load(gates + 2 * hidden, count), o = Load(gates + 3 * hidden, count);
+      const Vec shown = Tanh(Load(a.cells + step * hidden + unit, count));
+      const Vec d_c = Load(d_c_0, count) + d_h * o * (1.f - shown * shown);
+      N::Write(d_gates, d_c * g * i * (1.f - i), count);
+      N::Write(d_gates + hidden, d_c * Load(before + unit, count) * f * (1.f - f), count);
+      N::Write(d_gates + 2 * hidden, d_c * i * (1.f - g * g), count);
+      N::Write(d_gates + 3 * hidden, d_h * shown * o * (1.f - o), count);
+      Store(d_c_0, d_c * f, count);
+    }
+  }
+}
+
+template <typename N>
+void RunBackward(const BackwardArrays<N>& a) {
+  const int64_t batch = a.size.batch, time = a.size.time, hidden = a.size.hidden;
+  const int64_t panels = (hidden + kColumns - 1) / kColumns;
+  const int64_t panel_size = 4 * hidden / N::kPerWord * kColumns;
+  std::memcpy(a.d_c_0, a.d_c_n, batch * hidden * sizeof *a.d_c_0);
+  auto work = [&](Span mine, auto next, Barrier& barrier) {
+    Scratch scratch((mine.end - mine.begin) * panel_size);
+    for (int64_t p = mine.begin; p < mine.end; ++p) {
+      PackBackward(a, p, scratch.data() + (p - mine.begin) * panel_size);
+    }
+    for (Span rows; next(&rows);) {
+      for (int64_t step = 0; step < time; ++step) {
+        const int64_t t = a.reverse ? step : time - 1 - step;
+        for (int64_t p = mine.begin; p < mine.end; ++p) {
+          const float* panel = scratch.data() + (p - mine.begin) * panel_size;
+          for (int64_t row = rows.begin; row < rows.end; row += kTileRows) {
+            CALL_TILE(BackwardTile, rows.end - row, a, row, t, p, panel);
+          }
+        }
+        barrier.Wait();
+      }
+    }
+  };
+  Parallel(batch, kTileRows, panels, panel_size * 4, work);
+}
+
+// Rows of the batch and time whose part in the weights' gradient is added at once.
+constexpr int64_t kChunk = 128;
+
+// to[k][column] += sum over rows of rows[row][k] * packed[row][column], for some k. In a word of a
+// row are the numbers of as many rows of batch and time.
+template <typename N, int kRows>
+void GradientTile(const float* const* rows, int64_t k, const float* packed, int64_t chunk,
+                  float* to, int64_t stride, int64_t columns) {
+  Vec acc[kRows][4] = {};
+  for (int64_t row = 0; row < chunk; ++row, packed += kColumns) {
+    const float* a = rows[row] + k;
+    Vec d[4];
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) d[v] = Load(packed + v * kLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) acc[r][v] = N::MultiplyAdd(acc[r][v], a[r], d[v]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v * kLanes < columns; ++v) {
+      const int count = std::min<int64_t>(kLanes, columns - v * kLanes);
+      float* sum = to + (k + r) * stride + v * kLanes;
+      Store(sum, Load(sum, count) + acc[r][v], count);
+    }
+  }
+}
+
+// Lays a panel of the gates' gradients side by side, and adds its sum over the rows to the bias's.
+template <typename N>
+void PackGradients(const typename N::Number* from, int64_t rows, int64_t gates, int64_t columns,
+                   float* packed, float* d_bias) {
+  for (int v = 0; v < 4; ++v) {
+    const int count = std::clamp<int64_t>(columns - v * kLanes, 0, kLanes);
+    Vec sum{};
+    for (int64_t i = 0; i < rows; i += N::kPerWord) {
+      Vec d[2] = {};
+      for (int64_t n = 0; n < N::kPerWord && i + n < rows; ++n) {
+        d[n] = N::Read(from + (i + n) * gates + v * kLanes, count);
+        sum += d[n];
+      }
+      Store(packed + i / N::kPerWord * kColumns + v * kLanes, N::Join(d[0], d[1]));
+    }
+    float* total = d_bias + v * kLanes;
+    if (count > 0) Store(total, Load(total, count) + sum, count);
+  }
+}
+
+// The gradients of both kernels and the bias, from all rows of batch and time.
+template <typename N>
+void RunWeightGradients(const BackwardArrays<N>& a) {
+  typedef typename N::Number Number;
+  const int64_t time = a.size.time, features = a.size.features, hidden = a.size.hidden;
+  const int64_t gates = 4 * hidden, panels = (gates + kColumns - 1) / kColumns;
+  std::memset(a.d_kernel_ih, 0, features * gates * 4);
+  std::memset(a.d_kernel_hh, 0, hidden * gates * 4);
+  std::memset(a.d_bias, 0, gates * 4);
+  auto input = [&](int64_t row) { return a.x + row * features; };
+  auto state_before = [&](int64_t row) -> const Number* {
+    const int64_t b = row / time, t = row % time;
+    const bool is_first = a.reverse ? t + 1 >= a.lengths[b] : t == 0;
+    return is_first ? a.h_0 + b * hidden : a.outputs + (row + (a.reverse ? 1 : -1)) * hidden;
+  };
+  auto work = [&](Span, auto next, Barrier&) {
+    Scratch packed(kChunk * kColumns), joined(kChunk * (features + hidden));
+    const float *inputs[kChunk], *states[kChunk];
+    for (Span mine; next(&mine);) {
+      for (int64_t begin = 0; begin < a.size.batch * time; begin += kChunk) {
+        const int64_t rows = std::min(kChunk, a.size.batch * time - begin);
+        const int64_t words = (rows + N::kPerWord - 1) / N::kPerWord;
+        float* to = joined.data();
+        for (int64_t i = 0; i < words; ++i, to += features + hidden) {
+          const int64_t row = begin + i * N::kPerWord, other = row + N::kPerWord - 1;
+          const bool is_whole = other < begin + rows;
+          inputs[i] = N::JoinRows(input(row), is_whole ? input(other) : a.zeros, features, to);
+          states[i] = N::JoinRows(state_before(row), is_whole ? state_before(other) : a.zeros,
+                                  hidden, to + features);
+        }
+        for (int64_t p = mine.begin; p < mine.end; ++p) {
+          const int64_t column = p * kColumns;
+          const int64_t columns = std::min<int64_t>(kColumns, gates - column);
+          PackGradients<N>(a.d_gates + begin * gates + column, rows, gates, columns,
+                           packed.data(), a.d_bias + column);
+          for (int64_t k = 0; k < features; k += kTileRows) {
+            CALL_TILE(GradientTile, features - k, inputs, k, packed.data(), words,
+                      a.d_kernel_ih + column, gates, columns);
+          }
+          for (int64_t k = 0; k < hidden; k += kTileRows) {
+            CALL_TILE(GradientTile, hidden - k, states, k, packed.data(), words,
+                      a.d_kernel_hh + column, gates, columns);
+          }
+        }
+      }
+    }
+  };
+  // Whoever has a panel sees all rows, so that no sum depends on how many threads there are.
+  Parallel(panels, 1, 1, 0, work);
+}
+
+// ---- What XLA calls.
+
+using Floats = ffi::Buffer<ffi::F32>;
+using FloatsResult = ffi::Result<Floats>;
+using Lengths = ffi::Buffer<ffi::S32>;
+template <typename N>
+using Numbers = ffi::Buffer<N::kPerWord == 1 ? ffi::F32 : ffi::BF16>;
+template <typename N>
+using NumbersResult = ffi::Result<Numbers<N>>;
+
+template <typename N>
+Sizes SizesOf(const Numbers<N>& x, const Floats& kernel_hh) {
+  const auto dims = x.dimensions();
+  return {dims[0], dims[1], dims[2], kernel_hh.dimensions()[0]};
+}
+
+template <typename N>
+ffi::Error Forward(Numbers<N> x, Floats kernel_ih, Floats kernel_hh, Floats bias, Numbers<N> h_0,
+                   Floats c_0, Lengths lengths, NumbersResult<N> outputs, NumbersResult<N> h_n,
+                   FloatsResult c_n, FloatsResult gates, FloatsResult cells, bool reverse) {
+  const bool keep = gates->element_count() > 0;
+  PreferLargePages(outputs->typed_data(), outputs->size_bytes());
+  if (keep) PreferLargePages(gates->typed_data(), gates->size_bytes());
+  if (keep) PreferLargePages(cells->typed_data(), cells->size_bytes());
+  RunForward<N>({SizesOf<N>(x, kernel_hh), x.typed_data(), kernel_ih.typed_data(),
+                 kernel_hh.typed_data(), bias.typed_data(), h_0.typed_data(), c_0.typed_data(),
+                 lengths.typed_data(), reverse, outputs->typed_data(), h_n->typed_data(),
+                 c_n->typed_data(), keep ? gates->typed_data() : nullptr,
+                 keep ? cells->typed_data() : nullptr});
+  return ffi::Error::Success();
+}
+
+template <typename N>
+ffi::Error Backward(Numbers<N> x, Floats kernel_hh, Numbers<N> h_0, Floats c_0, Lengths lengths,
+                    Numbers<N> outputs, Floats gates, Floats cells, Numbers<N> d_outputs,
+                    Numbers<N> d_h_n, Floats d_c_n, NumbersResult<N> d_gates,
+                    FloatsResult d_kernel_ih, FloatsResult d_kernel_hh, FloatsResult d_bias,
+                    FloatsResult d_c_0, bool reverse) {
+  const Sizes size = SizesOf<N>(x, kernel_hh);
+  const std::vector<typename N::Number> zeros(std::max(4 * size.hidden, size.features));
+  const BackwardArrays<N> arrays{
+      size, x.typed_data(), kernel_hh.typed_data(), h_0.typed_data(), c_0.typed_data(),
+      outputs.typed_data(), gates.typed_data(), cells.typed_data(), d_outputs.typed_data(),
+      d_h_n.typed_data(), d_c_n.typed_data(), lengths.typed_data(), reverse,
+      d_gates->typed_data(), d_kernel_ih->typed_data(), d_kernel_hh->typed_data(),
+      d_bias->typed_data(), d_c_0->typed_data(), zeros.data()};
+  RunBackward(arrays);
+  RunWeightGradients(arrays);
+  return ffi::Error::Success();
+}
+
+}  // namespace lstm
+
+// x, kernel_ih, kernel_hh, bias, h_0, c_0, lengths -> outputs, h_n, c_n, gates, cells
+#define DEFINE_FORWARD(name, N)                                                          \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                         \
+      name, lstm::Forward<N>,                                                            \
+      ffi::Ffi::Bind()                                                                   \
+          .Arg<lstm::Numbers<N>>().Arg<lstm::Floats>().Arg<lstm::Floats>()               \
+          .Arg<lstm::Floats>().Arg<lstm::Numbers<N>>().Arg<lstm::Floats>()               \
+          .Arg<lstm::Lengths>()                                                          \
+          .Ret<lstm::Numbers<N>>().Ret<lstm::Numbers<N>>().Ret<lstm::Floats>()           \
+          .Ret<lstm::Floats>().Ret<lstm::Floats>()                                       \
+          .Attr<bool>("reverse"))
+
+// x, kernel_hh, h_0, c_0, lengths, outputs, gates, cells, d_outputs, d_h_n, d_c_n
+// -> d_gates, d_kernel_ih, d_kernel_hh, d_bias, d_c_0
+#define DEFINE_BACKWARD(name, N)                                                         \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                         \
+      name, lstm::Backward<N>,                                                           \
+      ffi::Ffi::Bind()                                                                   \
+          .Arg<lstm::Numbers<N>>().Arg<lstm::Floats>().Arg<lstm::Numbers<N>>()           \
+          .Arg<lstm::Floats>().Arg<lstm::Lengths>().Arg<lstm::Numbers<N>>()              \
+          .Arg<lstm::Floats>().Arg<lstm::Floats>().Arg<lstm::Numbers<N>>()               \
+          .Arg<lstm::Numbers<N>>().Arg<lstm::Floats>()                                   \
+          .Ret<lstm::Numbers<N>>().Ret<lstm::Floats>().Ret<lstm::Floats>()               \
+          .Ret<lstm::Floats>().Ret<lstm::Floats>()                                       \
+          .Attr<bool>("reverse"))
+
+DEFINE_FORWARD(lstm_forward_float32, lstm::Float32);
+DEFINE_BACKWARD(lstm_backward_float32, lstm::Float32);
+#if defined(LSTM_HAS_BFLOAT16)
+DEFINE_FORWARD(lstm_forward_bfloat16, lstm::Bfloat16);
+DEFINE_BACKWARD(lstm_backward_bfloat16, lstm::Bfloat16);
+#endif

@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,12 @@ COMPILE_SECONDS = 300  # of which it needs a few
 # What a user sees who exports a model with the kernel in it: the name is part of JAX's message.
 FORWARD = "lstm_flax's {} forward kernel (to export, set implementation='scan')"
 BACKWARD = "lstm_flax's {} backward kernel (to export, set implementation='scan')"
+INPUT_GRADIENT = "lstm_flax's {} input gradient kernel (to export, set implementation='scan')"
+SYMBOLS = {
+    FORWARD: "lstm_forward_{}",
+    BACKWARD: "lstm_backward_{}",
+    INPUT_GRADIENT: "lstm_input_gradient_{}",
+}
 DTYPES = ("float32", "bfloat16")
 
 
@@ -57,10 +64,10 @@ def _load() -> str | tuple[str, ...]:
         library = ctypes.CDLL(str(_compiled()))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return str(error)
-    found = tuple(name for name in DTYPES if hasattr(library, f"lstm_forward_{name}"))
+    found = tuple(name for name in DTYPES if hasattr(library, SYMBOLS[FORWARD].format(name)))
     for dtype in found:
-        for name, symbol in ((FORWARD, "lstm_forward"), (BACKWARD, "lstm_backward")):
-            function = jax.ffi.pycapsule(getattr(library, f"{symbol}_{dtype}"))
+        for name, symbol in SYMBOLS.items():
+            function = jax.ffi.pycapsule(getattr(library, symbol.format(dtype)))
             jax.ffi.register_ffi_target(name.format(dtype), function, platform="cpu")
     return found
 
@@ -186,19 +193,18 @@ def _backward(reverse, kept, cotangents):
     )
 
     # XLA leaves out what nobody asks for, often both of these.
-    def times_transposed(d, kernel):
-        d, kernel = d.astype(jnp.float32), kernel.astype(x.dtype).astype(jnp.float32)
-        return jnp.dot(d, kernel.T, precision=jax.lax.Precision.HIGHEST).astype(x.dtype)
-
+    like_x = jax.ShapeDtypeStruct((*x.shape[:2], features), x.dtype)
+    d_x = _call(INPUT_GRADIENT, x.dtype, like_x)(d_gates, kernel_ih)
     first = jnp.maximum(lengths - 1, 0) if reverse else jnp.zeros_like(lengths)
     at_first = jnp.take_along_axis(d_gates, first[:, None, None], axis=1)[:, 0]
-    d_h_0, d_x = times_transposed(at_first, kernel_hh), times_transposed(d_gates, kernel_ih)
-    return d_x, d_ih[:features], d_hh, d_bias, d_h_0, d_c_0, None
+    kernel = kernel_hh.astype(x.dtype).astype(jnp.float32)
+    d_h_0 = jnp.dot(at_first.astype(jnp.float32), kernel.T, precision=jax.lax.Precision.HIGHEST)
+    return d_x, d_ih[:features], d_hh, d_bias, d_h_0.astype(x.dtype), d_c_0, None
 
 
 lstm_layer.defvjp(_forward_to_differentiate, _backward)
 
 
-def _call(name: str, dtype: DTypeLike, results: list[jax.ShapeDtypeStruct], **options) -> Callable:
+def _call(name: str, dtype: DTypeLike, results: Any, **options) -> Callable:
     target = name.format(jnp.dtype(dtype).name)
     return jax.ffi.ffi_call(target, results, vmap_method="sequential", **options)

@@ -218,19 +218,19 @@ struct BackwardArrays {
   const Number* zeros;  // as many as there are gates, features or units
 };
 
-// A panel: for each word of a row of kernel_hh, that word of kColumns rows.
+// A panel: for each word of a row of a kernel [rows, columns], that word of kColumns rows.
 template <typename N>
-void PackBackward(const BackwardArrays<N>& a, int64_t panel, float* to) {
-  const int64_t hidden = a.size.hidden, unit = panel * kColumns, words = 4 * hidden / N::kPerWord;
+void PackTransposed(const float* kernel, int64_t rows, int64_t columns, int64_t panel, float* to) {
+  const int64_t words = columns / N::kPerWord;
   for (int64_t k = 0; k < words; k += kLanes) {
     const int64_t end = std::min<int64_t>(k + kLanes, words);
     for (int64_t j = 0; j < kColumns; ++j) {
+      const int64_t row = panel * kColumns + j;
       alignas(64) typename N::Number numbers[N::kPerWord * kLanes] = {};
-      for (int v = 0; v < N::kPerWord && unit + j < hidden; ++v) {
-        const int64_t gate = k * N::kPerWord + v * kLanes;
-        const int count = std::clamp<int64_t>(4 * hidden - gate, 0, kLanes);
-        N::Write(numbers + v * kLanes, Load(a.kernel_hh + (unit + j) * 4 * hidden + gate, count),
-                 count);
+      for (int v = 0; v < N::kPerWord && row < rows; ++v) {
+        const int64_t column = k * N::kPerWord + v * kLanes;
+        const int count = std::clamp<int64_t>(columns - column, 0, kLanes);
+        N::Write(numbers + v * kLanes, Load(kernel + row * columns + column, count), count);
       }
       for (int64_t w = k; w < end; ++w) {
         std::memcpy(to + w * kColumns + j, numbers + (w - k) * N::kPerWord, 4);
@@ -296,7 +296,8 @@ void RunBackward(const BackwardArrays<N>& a) {
   auto work = [&](Span mine, auto next, Barrier& barrier) {
     Scratch scratch((mine.end - mine.begin) * panel_size);
     for (int64_t p = mine.begin; p < mine.end; ++p) {
-      PackBackward(a, p, scratch.data() + (p - mine.begin) * panel_size);
+      PackTransposed<N>(a.kernel_hh, hidden, 4 * hidden, p,
+                        scratch.data() + (p - mine.begin) * panel_size);
     }
     for (Span rows; next(&rows);) {
       for (int64_t step = 0; step < time; ++step) {
@@ -312,6 +313,58 @@ void RunBackward(const BackwardArrays<N>& a) {
     }
   };
   Parallel(batch, kTileRows, panels, panel_size * 4, work);
+}
+
+template <typename N>
+struct InputGradientArrays {
+  typedef typename N::Number Number;
+  int64_t rows, features, gates;
+  const Number* d_gates;   // [rows, gates]
+  const float* kernel_ih;  // [features, gates]
+  Number* d_x;             // [rows, features]
+};
+
+template <typename N, int kRows>
+void InputGradientTile(const InputGradientArrays<N>& a, int64_t row, int64_t panel,
+                       const float* packed) {
+  const float* d_gates[kRows];
+  for (int r = 0; r < kRows; ++r) d_gates[r] = AsWords(a.d_gates + (row + r) * a.gates);
+  Vec acc[kRows][4] = {};
+  Multiply<N, kRows>(acc, d_gates, packed, a.gates / N::kPerWord);
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < 4; ++v) {
+      const int64_t feature = panel * kColumns + v * kLanes;
+      if (feature >= a.features) break;
+      N::Write(a.d_x + (row + r) * a.features + feature, acc[r][v],
+               CountLanes(a.features, feature));
+    }
+  }
+}
+
+template <typename N>
+void RunInputGradient(const InputGradientArrays<N>& a) {
+  constexpr int64_t kBlock = 16 * kTileRows;  // rows that stay in the cache from panel to panel
+  const int64_t panels = (a.features + kColumns - 1) / kColumns;
+  const int64_t panel_size = a.gates / N::kPerWord * kColumns;
+  auto work = [&](Span mine, auto next, Barrier&) {
+    Scratch scratch((mine.end - mine.begin) * panel_size);
+    for (int64_t p = mine.begin; p < mine.end; ++p) {
+      PackTransposed<N>(a.kernel_ih, a.features, a.gates, p,
+                        scratch.data() + (p - mine.begin) * panel_size);
+    }
+    for (Span rows; next(&rows);) {
+      for (int64_t block = rows.begin; block < rows.end; block += kBlock) {
+        const int64_t end = std::min(block + kBlock, rows.end);
+        for (int64_t p = mine.begin; p < mine.end; ++p) {
+          const float* panel = scratch.data() + (p - mine.begin) * panel_size;
+          for (int64_t row = block; row < end; row += kTileRows) {
+            CALL_TILE(InputGradientTile, end - row, a, row, p, panel);
+          }
+        }
+      }
+    }
+  };
+  Parallel(a.rows, kTileRows, panels, panel_size * 4, work);
 }
 
 // Rows of the batch and time whose part in the weights' gradient is added at once.
@@ -465,6 +518,14 @@ ffi::Error Backward(Numbers<N> x, Floats kernel_hh, Numbers<N> h_0, Floats c_0, 
   return ffi::Error::Success();
 }
 
+template <typename N>
+ffi::Error InputGradient(Numbers<N> d_gates, Floats kernel_ih, NumbersResult<N> d_x) {
+  const auto dims = d_gates.dimensions();
+  RunInputGradient<N>({dims[0] * dims[1], kernel_ih.dimensions()[0], dims[2],
+                       d_gates.typed_data(), kernel_ih.typed_data(), d_x->typed_data()});
+  return ffi::Error::Success();
+}
+
 }  // namespace lstm
 
 // x, kernel_ih, kernel_hh, bias, h_0, c_0, lengths -> outputs, h_n, c_n, gates, cells
@@ -493,9 +554,18 @@ ffi::Error Backward(Numbers<N> x, Floats kernel_hh, Numbers<N> h_0, Floats c_0, 
           .Ret<lstm::Floats>().Ret<lstm::Floats>()                                       \
           .Attr<bool>("reverse"))
 
+// d_gates, kernel_ih -> d_x
+#define DEFINE_INPUT_GRADIENT(name, N)                                                   \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                         \
+      name, lstm::InputGradient<N>,                                                      \
+      ffi::Ffi::Bind()                                                                   \
+          .Arg<lstm::Numbers<N>>().Arg<lstm::Floats>().Ret<lstm::Numbers<N>>())
+
 DEFINE_FORWARD(lstm_forward_float32, lstm::Float32);
 DEFINE_BACKWARD(lstm_backward_float32, lstm::Float32);
+DEFINE_INPUT_GRADIENT(lstm_input_gradient_float32, lstm::Float32);
 #if defined(LSTM_HAS_BFLOAT16)
 DEFINE_FORWARD(lstm_forward_bfloat16, lstm::Bfloat16);
 DEFINE_BACKWARD(lstm_backward_bfloat16, lstm::Bfloat16);
+DEFINE_INPUT_GRADIENT(lstm_input_gradient_bfloat16, lstm::Bfloat16);
 #endif

@@ -16,6 +16,7 @@ from experiments.benchmark.measure import MODES, Measurement, Results
 from experiments.benchmark.peers import OURS
 
 VERB = {"infer": "inference", "train": "a train step"}
+MARKERS = "os^Dvx"  # a peer's, so that the plot reads in black and white
 VERSIONS = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "keras")
 
 
@@ -137,7 +138,7 @@ def plot(results: Results, path: Path) -> None:
 
     found = ratios(results.measurements)
     peers = list(dict.fromkeys(peer for _, _, peer in found))
-    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
     panels = figure.subplots(1, len(AXES), sharey=True)
     lines = {}
     for panel, (axis, cases) in zip(panels, AXES.items(), strict=True):
@@ -147,7 +148,7 @@ def plot(results: Results, path: Path) -> None:
         panel.set_xlabel(axis)
         panel.axhline(1, color="gray", linewidth=1)
         for colour, peer in enumerate(peers):
-            for mode, style in zip(MODES, ("o--", "o-"), strict=True):
+            for mode, style in zip(MODES, ("--", "-"), strict=True):
                 points = [
                     (position, found[case, mode, peer].median)
                     for position, case in enumerate(cases)
@@ -155,12 +156,13 @@ def plot(results: Results, path: Path) -> None:
                 ]
                 if points:
                     positions, times = zip(*points, strict=True)
-                    (line,) = panel.plot(positions, times, style, color=f"C{colour}")
+                    marker = MARKERS[colour % len(MARKERS)]
+                    (line,) = panel.plot(positions, times, style, marker=marker, color=f"C{colour}")
                     lines[f"{_title(peer, results)}, {VERB[mode]}"] = line
     panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel("times as fast")
     figure.suptitle(f"lstm_flax beside others; where they cross: {CENTRE.name}")
-    figure.legend(lines.values(), lines.keys(), loc="outside right upper")
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=150)
 
 

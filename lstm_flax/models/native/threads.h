@@ -129,12 +129,14 @@ class Scratch {
     if (storage_.size() < vectors) storage_ = std::vector<Vec>(vectors);
   }
   ~Scratch() {
+    if (storage_.size() * sizeof(Vec) > kLargest) return;
     const std::lock_guard<std::mutex> guard(mutex_);
     kept_.push_back(std::move(storage_));
   }
   float* data() { return reinterpret_cast<float*>(storage_.data()); }
 
  private:
+  static constexpr size_t kLargest = 1 << 25;  // bytes that are worth keeping
   inline static std::mutex mutex_;
   inline static std::vector<std::vector<Vec>> kept_;
   std::vector<Vec> storage_;

@@ -62,8 +62,8 @@ def _smoothed(noise: jax.Array, radius: float) -> jax.Array:
     """Blur noise [..., height, width] by a Gaussian, so that its variance stays what it is."""
 
     def weights(size):
-        distance = jnp.arange(size)[:, None] - jnp.arange(size)
-        gaussian = jnp.exp(-((distance / radius) ** 2) / 2).astype(noise.dtype)
+        at = jnp.arange(size, dtype=noise.dtype)
+        gaussian = jnp.exp(-(((at[:, None] - at) / radius) ** 2) / 2)
         return gaussian / jnp.linalg.norm(gaussian, axis=1, keepdims=True)
 
     height, width = noise.shape[-2:]

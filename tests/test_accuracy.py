@@ -6,7 +6,7 @@ from experiments import accuracy
 def test_seeds_are_runs_of_the_experiment_and_their_mean_is_told(data_dir, tmp_path, capsys):
     flags = " ".join(["--data-dir", str(data_dir), "--epochs 1", *SMALL])
     argv = ["--workdir", str(tmp_path), "--recipe", "fast", "--seeds", "3", "8"]
-    assert accuracy.main([*argv, "--flags", flags]) == 0
+    assert accuracy.main([*argv, f"--flags={flags}"]) == 0
     a, b = (read_eval(tmp_path / f"fast-seed{seed}") for seed in (3, 8))
     assert a["params_sha256"] != b["params_sha256"]
     table = capsys.readouterr().out.split("\n\n")[-2].splitlines()
@@ -22,6 +22,6 @@ def test_seeds_are_runs_of_the_experiment_and_their_mean_is_told(data_dir, tmp_p
 
 
 def test_a_run_that_fails_ends_it_with_its_status(tmp_path, capsys):
-    argv = ["--workdir", str(tmp_path), "--flags", "--epochs 0"]
+    argv = ["--workdir", str(tmp_path), "--flags=--epochs 0"]
     assert accuracy.main(argv) == 2
     assert "error: --epochs must be at least 1" in capsys.readouterr().err

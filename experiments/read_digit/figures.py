@@ -92,7 +92,7 @@ def draw_gates(
     """
     rows, pixels = image.shape
     orders = [unit_order(gates["cell"]) for gates in layers]
-    figure = plots.new_figure(1.5 + 4 * len(layers), 9)
+    figure = plots.new_figure(max(9, 1.5 + 4 * len(layers)), 9)
     panels = figure.subplots(
         1 + len(SHOWN), len(layers), sharex=True, squeeze=False, height_ratios=(1, 2, 2, 2, 2)
     )
@@ -123,10 +123,9 @@ def draw_gates(
     for panel in panels[-1]:
         panel.set_xticks([1, *range(4, rows + 1, 4)])
         panel.set_xlabel("row of the picture (time step)")
-    figure.suptitle(
-        f"{title}: what each unit does while it is read\n(in each layer by the sign of its "
-        f"largest cell state, then by when that is)"
-    )
+    order = "in each layer by the sign of its largest cell state, then by when that is"
+    line = "; dashed: right from there on" if settled else ""
+    figure.suptitle(f"{title}: what each unit does\n({order}{line})", fontsize=11)
     plots.save(figure, path, gate_columns(layers, orders))
 
 
@@ -164,6 +163,6 @@ def draw_mistakes(images: np.ndarray, mistakes: Mistakes, title: str, path: Path
     for panel, mistake in zip(panels, zip(*mistakes, strict=True), strict=False):
         image, label, answer, probability, _ = mistake
         panel.imshow(images[image], cmap=INK)
-        panel.set_title(f"a {label}, read as {answer}\n{probability:.1%} sure", fontsize=10)
+        panel.set_title(f"a {label}, read as {answer}\n{probability:.2%} sure", fontsize=10)
     figure.suptitle(title)
     plots.save(figure, path, mistakes._asdict())

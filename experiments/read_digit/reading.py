@@ -96,8 +96,11 @@ def report(probabilities: np.ndarray, label: int) -> str:
     lines = ["| after rows | answer | its probability |", "| --- | ---: | --- |"]
     for first, last, answer in answers(probabilities):
         stretch = probabilities[first - 1 : last, answer]
-        rows = f"{first} to {last}" if last > first else str(first)
-        lines.append(f"| {rows} | {answer} | {stretch.min():.1%} to {stretch.max():.1%} |")
+        if first == last:
+            lines.append(f"| {first} | {answer} | {stretch[0]:.1%} |")
+        else:
+            between = f"{stretch.min():.1%} to {stretch.max():.1%}"
+            lines.append(f"| {first} to {last} | {answer} | {between} |")
     settled, final = settled_row(probabilities, label), probabilities[-1]
     right = f"from row {settled} on" if settled else "no: the last answer is wrong"
     likely = [f"{k}: {final[k]:.2%}" for k in np.argsort(-final) if final[k] >= 0.00005]

@@ -77,7 +77,7 @@ def fresh_model(config: Config) -> tuple[SequenceClassifier, dict[str, Any]]:
     model = mnist_lstm.make_model(config)
     # How many images the schedule spans is no part of the optimiser's state.
     tx = mnist_lstm.make_optimizer(config, num_images=config.batch_size)
-    sample = jnp.zeros((1, *IMAGE_SHAPE))
+    sample = loop.reading(config)(jnp.zeros((1, *IMAGE_SHAPE)))
     state = training.create_train_state(model, tx, sample, Keys.from_seed(config.seed).init)
     return model, loop.start(state).tree
 

@@ -222,7 +222,7 @@ def test_a_trace_is_gradient_descent_by_hand(clip_norm):
         logits = variant.model.apply({"params": params}, x)
         return optax.softmax_cross_entropy_with_integer_labels(logits, data["label"]).mean()
 
-    x = training.to_sequence(data["image"])
+    x = training.to_floats(data["image"])
     params = start(variant, tx, data, keys).params
     for step in range(3):
         flow = mean_norms(variant.model, params, x, data["label"])["h"]

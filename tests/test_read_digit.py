@@ -20,7 +20,7 @@ from experiments.read_digit.reading import (
 )
 from experiments.restored import restore_run
 from lstm_flax import LSTMClassifier, data
-from lstm_flax.training import to_sequence
+from lstm_flax.training import to_floats
 
 ROWS = 28
 
@@ -64,7 +64,7 @@ def test_after_each_row_the_model_has_seen_that_much(model, image):
     probabilities = probabilities_by_row(classifier, params, image)
     assert probabilities.shape == (ROWS, 10)
     for rows in (1, 2, 15, ROWS):
-        logits = classifier.apply({"params": params}, to_sequence(image[None, :rows]))
+        logits = classifier.apply({"params": params}, to_floats(image[None, :rows]))
         expected = np.exp(logits[0]) / np.exp(logits[0]).sum()
         np.testing.assert_allclose(probabilities[rows - 1], expected, atol=1e-6)
     np.testing.assert_allclose(classify(classifier, params, image[None])[0], expected, atol=1e-6)

@@ -153,7 +153,7 @@ def compare(options: Options, train_set: Batch, test_set: Batch) -> list[Row]:
         for kind, layers in names
     }
     timed = {(*name, "auto"): of_name[0] for name, of_name in states.items()}
-    sample = training.to_sequence(train_set["image"][: options.batch_size])
+    sample = training.to_floats(train_set["image"][: options.batch_size])
     for kind, layers in names:
         if make_model(kind, layers, options.hidden_size).core.why_not_native(sample) is None:
             scanning = make_model(kind, layers, options.hidden_size, "scan")

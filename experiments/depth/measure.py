@@ -64,7 +64,7 @@ def initial_states(
     seeds: Sequence[int],
 ) -> list[TrainState]:
     """Untrained states, one a seed, all by one compiled program."""
-    sample = training.to_sequence(train_set["image"][:1])
+    sample = training.to_floats(train_set["image"][:1])
     create = jax.jit(partial(training.create_train_state, model, tx, sample))
     return [create(Keys.from_seed(seed).init) for seed in seeds]
 

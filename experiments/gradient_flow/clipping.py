@@ -58,7 +58,7 @@ def trace(
         batch_size: images a step.
     """
     state = start(variant, tx, data, keys)
-    x = training.to_sequence(probe["image"])
+    x = training.to_floats(probe["image"])
     norms, losses, reaches = [], [], []
     for _ in range(steps):
         flow = mean_norms(variant.model, state.params, x, probe["label"])["h"]

@@ -67,7 +67,7 @@ def before_and_after(
         keys: of the trainings.
         recipe: of the trainings.
     """
-    data, x = datasets["train"], training.to_sequence(probe["image"])
+    data, x = datasets["train"], training.to_floats(probe["image"])
     tx = optimizer(recipe, len(data["label"]))
     for variant in variants:
 

@@ -86,6 +86,8 @@ def check(options: Options) -> None:
 def run(options: Options) -> None:
     """Restore the run, read the digit, find the mistakes; print and draw."""
     trained = restore_run(options.workdir)
+    if trained.config.sequence != "rows":
+        raise UsageError(f"the run in {options.workdir} reads {trained.config.sequence}, not rows")
     dataset = trained.config.dataset
     test = data.read_split(data.prepare(dataset, options.data_dir, options.manual_dir), "test")
     if options.index >= len(test.labels):

@@ -27,7 +27,7 @@ def probabilities_by_row(model: SequenceClassifier, params: Any, image: np.ndarr
         image: uint8 [rows, pixels].
     """
     rows = len(image)
-    x = jnp.broadcast_to(training.to_sequence(jnp.asarray(image)), (rows, *image.shape))
+    x = jnp.broadcast_to(training.to_floats(jnp.asarray(image)), (rows, *image.shape))
     logits = model.apply({"params": params}, x, seq_lengths=jnp.arange(1, rows + 1))
     return np.asarray(jax.nn.softmax(jnp.asarray(logits)))
 
@@ -46,7 +46,7 @@ def gates_by_row(
         For each layer, from the bottom: input, forget, output, candidate and cell, each float32
         [rows, hidden_size].
     """
-    x = training.to_sequence(jnp.asarray(image[None]))
+    x = training.to_floats(jnp.asarray(image[None]))
     _, kept = model.apply({"params": params}, x, mutable="gates")
     gates = kept["gates"]["core"]
     return [
@@ -126,7 +126,7 @@ def classify(model: SequenceClassifier, params: Any, images: np.ndarray) -> np.n
 
     @jax.jit
     def classify_batch(images):
-        logits = model.apply({"params": params}, training.to_sequence(images))
+        logits = model.apply({"params": params}, training.to_floats(images))
         return jax.nn.softmax(jnp.asarray(logits))
 
     starts = range(0, len(images), BATCH_SIZE)

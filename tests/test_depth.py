@@ -92,15 +92,13 @@ def test_training_learns_and_is_the_seeds_own():
     assert first == again != other
 
 
-def test_a_larger_step_takes_longer():
+def test_timing_a_step_leaves_the_state_to_be_trained():
     recipe, train_set = Recipe(1, 30, 1e-3), stripes(100)
-    states = {}
-    for size in (4, 256):
-        tx = recipe.optimizer(train_set)
-        (states[size],) = initial_states(make_model("RNN", 1, size), tx, train_set, [0])
-    seconds = step_seconds(states, recipe, train_set, rounds=5)
-    assert 0 < seconds[4] < seconds[256]
-    assert int(states[4].step) == 0  # they are still there, to be trained
+    tx = recipe.optimizer(train_set)
+    (state,) = initial_states(make_model("RNN", 1, 4), tx, train_set, [0])
+    seconds = step_seconds({4: state}, recipe, train_set, rounds=2)
+    assert seconds[4] > 0
+    assert int(state.step) == 0
 
 
 def test_the_command_reports_what_it_measured(data_dir, tmp_path, capsys):

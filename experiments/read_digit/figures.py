@@ -124,8 +124,8 @@ def draw_gates(
         panel.set_xticks([1, *range(4, rows + 1, 4)])
         panel.set_xlabel("row of the picture (time step)")
     order = "in each layer by the sign of its largest cell state, then by when that is"
-    line = "; dashed: right from there on" if settled else ""
-    figure.suptitle(f"{title}: what each unit does\n({order}{line})", fontsize=11)
+    dashed = "; dashed: right from there on" if settled else ""
+    figure.suptitle(f"{title}: what each unit does\n({order}{dashed})", fontsize=11)
     plots.save(figure, path, gate_columns(layers, orders))
 
 

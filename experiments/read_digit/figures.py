@@ -123,9 +123,9 @@ def draw_gates(
     for panel in panels[-1]:
         panel.set_xticks([1, *range(4, rows + 1, 4)])
         panel.set_xlabel("row of the picture (time step)")
-    order = "in each layer by the sign of its largest cell state, then by when that is"
+    ordering = "in each layer by the sign of its largest cell state, then by when that is"
     dashed = "; dashed: right from there on" if settled else ""
-    figure.suptitle(f"{title}: what each unit does\n({order}{dashed})", fontsize=11)
+    figure.suptitle(f"{title}: what each unit does\n({ordering}{dashed})", fontsize=11)
     plots.save(figure, path, gate_columns(layers, orders))
 
 

@@ -320,7 +320,6 @@ def test_the_command_draws_and_prints_a_part(tmp_path, data_dir, capsys):
         (["--epochs", "0"], "--epochs must be at least 1, but is 0"),
         (["--seed", "-1"], "--seed must be at least 0, but is -1"),
         (["--learning-rate", "nan"], "--learning-rate must be a positive number, but is nan"),
-        (["--figures", __file__], f"--figures must be a folder, but is {__file__}"),
     ],
 )
 def test_bad_values_are_refused_in_one_line(capsys, flags, message):
@@ -333,11 +332,14 @@ def test_bad_values_are_refused_in_one_line(capsys, flags, message):
     [
         ([*SMALL, "--batch-size", "21"], "--batch-size is 21, but there are only 20 training"),
         (["--dataset", "kmnist", "--manual-dir", "/nowhere"], "--manual-dir /nowhere lacks"),
+        (["--figures", __file__], f"--figures {__file__}: File exists"),
     ],
 )
-def test_data_that_will_not_do_are_refused_in_one_line(capsys, data_dir, flags, message):
+def test_what_can_not_be_read_or_written_is_said_in_one_line(
+    tmp_path, capsys, data_dir, flags, message
+):
     pytest.importorskip("matplotlib")
-    assert main(["--data-dir", str(data_dir), *flags]) == 2
+    assert main(["--data-dir", str(data_dir), "--figures", str(tmp_path), *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1

@@ -9,7 +9,14 @@ One layer, vanilla RNN and LSTM, in three parts:
 - clipping: what clipping the gradient changes in the training of an RNN, and what it does not.
 - memory: test accuracy when blank rows come after the digit, the same training for all.
 
-Writes figures, each with its data as CSV beside it, and prints tables in Markdown.
+Writes figures, each with its data as CSV beside it, and prints tables in Markdown. All of it takes
+13 minutes of CPU time; 11 minutes on 2 cores that did other work too. For that the trainings are
+short, on 4,000 images: five epochs of rows suffice for 73% to 89% of the test images, one epoch of
+pixels for nothing better than guessing.
+
+float32 ends at 1e38: over 784 pixels the RNN of gain 1.5 becomes NaN in its first train step, and
+the LSTM of forget bias 3 stands still, since the squares of its gradient, 1e22, overflow, and it is
+divided by an infinite norm. Clipping comes too late for both.
 """
 
 import dataclasses
@@ -104,10 +111,12 @@ def check(options: Options) -> None:
             raise OptionError(f"{flag} must be at least {lowest}, but is {value}")
         if field.type is float and not 0 < value < math.inf:
             raise OptionError(f"{flag} must be a positive number, but is {value}")
-    if options.figures.exists() and not options.figures.is_dir():
-        raise OptionError(f"--figures must be a folder, but is {options.figures}")
     if importlib.util.find_spec("matplotlib") is None:
         raise OptionError("this needs matplotlib: pip install matplotlib")
+    try:
+        options.figures.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"--figures {options.figures}: {error.strerror}") from error
 
 
 def run(options: Options) -> None:

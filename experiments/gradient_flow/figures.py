@@ -175,17 +175,17 @@ def draw_memory(found: Mapping[int, Mapping[str, Sequence[float]]], path: Path) 
         found: the accuracies of all seeds, by the number of blank rows and the variant's label.
         path: of the picture.
     """
-    figure = plots.new_figure(8, 4.5)
-    panel = figure.subplots()
-    blanks = list(found)
+    figure = plots.new_figure(10, 4.5)
+    panels = figure.subplots(1, 2, sharey=True)
+    blanks = np.array(list(found))
     columns: dict[str, list] = {"model": [], "blank_rows": [], "seed": [], "accuracy": []}
     for label in found[blanks[0]]:
         look = LABELS.index(label)
         accuracies = np.array([found[blank][label] for blank in blanks])  # [blanks, seeds]
         mean = accuracies.mean(1)
         spread = np.abs(np.stack([accuracies.min(1), accuracies.max(1)]) - mean)
-        panel.errorbar(
-            blanks,
+        panels[look // 3].errorbar(
+            blanks + 1.5 * (look % 3 - 1),  # side by side, so that no bar hides another
             100 * mean,
             100 * spread,
             fmt=plots.STYLES[look],
@@ -198,13 +198,12 @@ def draw_memory(found: Mapping[int, Mapping[str, Sequence[float]]], path: Path) 
             columns["blank_rows"].append(blanks[k])
             columns["seed"].append(seed)
             columns["accuracy"].append(accuracy)
-    panel.axhline(10, color="gray", linewidth=1, linestyle=":")
-    panel.text(blanks[0], 9, "guessing", va="top", color="dimgray")
-    panel.set_xticks(blanks)
-    panel.set_ylim(0, 102)
-    panel.set_xlabel("blank rows after the digit's 28 rows")
-    panel.set_ylabel("test accuracy, %")
-    panel.set_title("How long a digit is remembered")
-    panel.grid(alpha=0.3)
-    figure.legend(loc="outside right center", handlelength=4)
+    for panel in panels:
+        panel.axhline(10, color="gray", linewidth=1, linestyle=":")
+        panel.text(0, 8.5, "guessing", va="top", color="dimgray")
+        panel.set(xticks=blanks, ylim=(0, 102), xlabel="blank rows after the digit's 28 rows")
+        panel.grid(alpha=0.3)
+        panel.legend(loc="upper right", handlelength=4)
+    panels[0].set_ylabel("test accuracy, %")
+    figure.suptitle("How long a digit is remembered: mean, lowest and highest of the seeds")
     plots.save(figure, path, columns)

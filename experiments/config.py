@@ -21,6 +21,8 @@ class Config:
 
     workdir: Path = Path("runs/mnist_lstm")
     """Where the run lives; a run that is already there is resumed."""
+    recipe: Literal["standard", "fast", "best"] = "standard"
+    """What the flags that are left out are: see `RECIPES`, or the README."""
     dataset: Literal["auto", "mnist", "fashion_mnist", "kmnist", "mnist5k"] = "auto"
     """What to learn; auto is mnist, or mnist5k where mnist can't be had."""
     data_dir: Path | None = None
@@ -29,6 +31,8 @@ class Config:
     """Folder with the dataset's four original IDX .gz files, in place of a download."""
     validation_size: int = 0
     """Training images held out to choose the best checkpoint; 0: the last step is the result."""
+    sequence: Literal["rows", "pixels", "permuted"] = "rows"
+    """A time step is a row, a pixel, or a pixel in one random order, the same for all images."""
     epochs: int = 10
     """Passes over the training images."""
     batch_size: int = 128
@@ -41,8 +45,12 @@ class Config:
     """Largest global norm of the gradients; larger ones are scaled down to it."""
     dropout: float = 0.0
     """Fraction of each layer's output that is dropped on its way to the next layer."""
+    label_smoothing: float = 0.0
+    """Part of each label's weight that goes to all classes alike."""
     augment: bool = True
     """Rotate, shear, scale and shift the training images at random."""
+    elastic: float = 0.0
+    """With --augment: bend them too; standard deviation of the points' moves, in pixels."""
     hidden_size: int = 256
     """Units of each LSTM layer."""
     num_layers: int = 2
@@ -81,6 +89,15 @@ class Config:
         return int(every) or None, None
 
 
+RECIPES: dict[str, dict[str, Any]] = {
+    "standard": {},
+    # 99.35% after 3 minutes on 2 CPU cores.
+    "fast": {"epochs": 3},
+    # Not measured yet.
+    "best": {"epochs": 20, "elastic": 0.5, "label_smoothing": 0.05},
+}
+"""By name, what differs from the defaults."""
+
 # What says where a run is, how it is kept and on what machines; it does not change what it learns.
 _NOT_OF_THE_RUN = (
     "workdir", "data_dir", "manual_dir", "checkpoint_every", "shard_optimizer", "distributed",
@@ -101,6 +118,8 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     description = "Train a stack of LSTM layers to read MNIST digits row by row."
     prog = "python -m experiments.mnist_lstm"
     config = tyro.cli(Config, prog=prog, description=description, args=argv)
+    recipe = Config(recipe=config.recipe, **RECIPES[config.recipe])
+    config = tyro.cli(Config, prog=prog, args=argv, default=recipe)
     _check_bounds(config)
     stored = run_files.read_config(config.workdir)
     if stored is None:
@@ -124,10 +143,12 @@ def parse(argv: Sequence[str] | None = None) -> Config:
 
 def differences(config: Config, run: dict[str, Any]) -> list[str]:
     """Say in what a configuration differs from a run's own, but for how long it trains."""
+    # A run from before there was a flag did what is the flag's default.
+    run = of_the_run(Config()) | run
     return [
-        f"--{name.replace('_', '-')} is {value}, the run's is {run.get(name)}"
+        f"--{name.replace('_', '-')} is {value}, the run's is {run[name]}"
         for name, value in of_the_run(config).items()
-        if name != "epochs" and value != run.get(name)
+        if name != "epochs" and value != run[name]
     ]
 
 
@@ -147,6 +168,9 @@ def _check_bounds(config: Config) -> None:
         _check(config, name, math.isfinite(value) and value > 0, "a positive number")
     decay = config.weight_decay
     _check(config, "weight_decay", math.isfinite(decay) and decay >= 0, "at least 0")
+    smoothing, elastic = config.label_smoothing, config.elastic
+    _check(config, "label_smoothing", 0 <= smoothing < 1, "at least 0 and less than 1")
+    _check(config, "elastic", math.isfinite(elastic) and elastic >= 0, "at least 0")
     _check(config, "dropout", 0 <= config.dropout < 1, "at least 0 and less than 1")
     workdir = config.workdir
     _check(config, "workdir", workdir.is_dir() or not workdir.exists(), "a folder")

@@ -21,9 +21,9 @@ from experiments import run_files
 from experiments.config import Config, differences, of_the_run
 from experiments.console import Progress, warn
 from experiments.stopping import Stopped, StopRequests
-from lstm_flax import checkpoints, training
-from lstm_flax.augment import random_affine
-from lstm_flax.training import Batch, Keys, Metrics
+from lstm_flax import checkpoints, readings, training
+from lstm_flax.augment import distort
+from lstm_flax.training import Batch, Keys, Metrics, Reading
 
 SECONDS_A_CALL = 1.0
 """How long one compiled call trains, about, before it returns to show how far it is."""
@@ -176,13 +176,36 @@ def compile_train_steps(run: Run, position: Position):
     take_steps = partial(
         training.train_steps,
         batch_size=run.config.batch_size,
-        augment=random_affine if run.config.augment else None,
+        augment=partial(distort, elastic=run.config.elastic) if run.config.augment else None,
+        read=reading(run.config),
+        label_smoothing=run.config.label_smoothing,
     )
     before = (position.state, position.metrics)
     # What comes out lies on the devices as what went in, so that it can go in again.
     layout = jax.tree.map(lambda array: array.sharding, before)
     jitted = jax.jit(take_steps, donate_argnums=(0, 1), out_shardings=layout)
     return jitted.lower(*before, run.datasets["train"], run.keys, np.int32(1)).compile()
+
+
+def reading(config: Config) -> Reading:
+    """How the images are read as sequences."""
+    match config.sequence:
+        case "rows":
+            return readings.rows
+        case "pixels":
+            return readings.pixels
+        case "permuted":
+            return readings.permuted_pixels
+
+
+def evaluate(run: Run, state: TrainState, split: str) -> Metrics:
+    """Metrics over a whole split."""
+    return training.evaluate(
+        state,
+        run.datasets[split],
+        batch_size=run.config.batch_size,
+        read=reading(run.config),
+    )
 
 
 def train_epoch(
@@ -225,13 +248,11 @@ def train_epoch(
 
 def end_epoch(run: Run, position: Position) -> Position:
     """Evaluate after an epoch's last step; the epoch's figures become a record."""
-    started, batch_size = time.perf_counter(), run.config.batch_size
+    started = time.perf_counter()
     record: dict[str, Any] = {"epoch": len(position.records) + 1, "step": position.step}
     record |= figures("train", position.metrics)
     for name in run.datasets.keys() - {"train"}:
-        record |= figures(
-            name, training.evaluate(position.state, run.datasets[name], batch_size=batch_size)
-        )
+        record |= figures(name, evaluate(run, position.state, name))
     record |= {
         "images_per_second": int(position.metrics.count) / position.training_seconds,
         "seconds": position.seconds + time.perf_counter() - started,

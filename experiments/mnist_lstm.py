@@ -168,7 +168,8 @@ def create_state(run: Run) -> TrainState:
     """The state at step 0."""
     images = run.datasets["train"]["image"]
     model, tx = make_model(run.config), make_optimizer(run.config, len(images))
-    return training.create_train_state(model, tx, training.to_sequence(images[:1]), run.keys.init)
+    sample = loop.reading(run.config)(training.to_floats(images[:1]))
+    return training.create_train_state(model, tx, sample, run.keys.init)
 
 
 def describe(run: Run, position: Position) -> None:
@@ -212,7 +213,7 @@ def evaluate_result(run: Run, fresh: Position) -> None:
     else:
         restored = checkpoints.restore(manager, fresh.tree, config.step)
     state = restored.tree["state"]
-    metrics = training.evaluate(state, run.datasets["test"], batch_size=config.batch_size)
+    metrics = loop.evaluate(run, state, "test")
     evaluation = {
         "step": restored.step,
         "dataset": config.dataset,

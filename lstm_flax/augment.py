@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 
 
-def random_affine(
+def distort(
     key: jax.Array,
     images: jax.Array,
     *,
@@ -13,23 +13,29 @@ def random_affine(
     max_shear: float = 0.2,
     max_scale: float = 0.12,
     max_shift: float = 2.0,
+    elastic: float = 0.0,
+    elastic_radius: float = 4.0,
 ) -> jax.Array:
-    """Rotate, shear, scale and shift each image by amounts of its own, drawn uniformly.
+    """Rotate, shear, scale, shift and bend each image by amounts of its own, in one interpolation.
 
     Args:
         key: PRNG key; the same key gives the same distortions.
         images: [batch, height, width], floating; what moves in from outside is 0.
-        max_rotation: radians, either way.
+        max_rotation: radians, either way; this and the next three are drawn uniformly.
         max_shear: radians, either way.
         max_scale: fraction by which height and width, each by itself, grow or shrink.
         max_shift: pixels along each axis, either way.
+        elastic: pixels by which points move on their own, as a standard deviation along each axis
+            (Simard, Steinkraus and Platt, "Best Practices for Convolutional Neural Networks",
+            2003); 0 bends nothing.
+        elastic_radius: pixels over which neighbours move together, a Gaussian's.
     """
     batch, height, width = images.shape
     limits = jnp.array(
         [max_rotation, max_shear, max_scale, max_scale, max_shift, max_shift], images.dtype
     )
     drawn = limits * jax.random.uniform(key, (batch, 6), images.dtype, -1, 1)
-    rotation, shear, scale_y, scale_x, shift_y, shift_x = drawn.T
+    rotation, shear, scale_y, scale_x, shift_y, shift_x = drawn.T[..., None, None]
 
     # Output pixel (y, x), seen from the centre, is read at [[a, b], [c, d]] (y, x) + shift.
     cos, sin, slant = jnp.cos(rotation), jnp.sin(rotation), jnp.tan(shear)
@@ -41,10 +47,24 @@ def random_affine(
         jnp.arange(width, dtype=images.dtype) - (width - 1) / 2,
         indexing="ij",
     )
+    source_y = a * y + b * x + shift_y + (height - 1) / 2
+    source_x = c * y + d * x + shift_x + (width - 1) / 2
+    if elastic > 0:
+        noise = jax.random.normal(jax.random.fold_in(key, 1), (2, *images.shape), images.dtype)
+        moved = elastic * _smoothed(noise, elastic_radius)
+        source_y, source_x = source_y + moved[0], source_x + moved[1]
+    return jax.vmap(lambda image, *at: map_coordinates(image, at, order=1))(
+        images, source_y, source_x
+    )
 
-    def warp(image, a, b, c, d, shift_y, shift_x):
-        source_y = a * y + b * x + shift_y + (height - 1) / 2
-        source_x = c * y + d * x + shift_x + (width - 1) / 2
-        return map_coordinates(image, [source_y, source_x], order=1)
 
-    return jax.vmap(warp)(images, a, b, c, d, shift_y, shift_x)
+def _smoothed(noise: jax.Array, radius: float) -> jax.Array:
+    """Blur noise [..., height, width] by a Gaussian, so that its variance stays what it is."""
+
+    def weights(size):
+        at = jnp.arange(size, dtype=noise.dtype)
+        gaussian = jnp.exp(-(((at[:, None] - at) / radius) ** 2) / 2)
+        return gaussian / jnp.linalg.norm(gaussian, axis=1, keepdims=True)
+
+    height, width = noise.shape[-2:]
+    return jnp.einsum("yi,...ij,xj->...yx", weights(height), noise, weights(width))

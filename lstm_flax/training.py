@@ -21,8 +21,11 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lstm_flax.readings import rows
+
 Batch = dict[str, jax.Array]
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
+Reading = Callable[[jax.Array], jax.Array]
 
 
 class Keys(NamedTuple):
@@ -163,46 +166,60 @@ def create_train_state(
     return state.replace(step=place(jnp.zeros((), jnp.int32)))
 
 
-def to_sequence(images: jax.Array) -> jax.Array:
-    """uint8 images [batch, height, width] as float32 rows in [0, 1], one a time step."""
+def to_floats(images: jax.Array) -> jax.Array:
+    """uint8 images as float32 in [0, 1]."""
     return images.astype(jnp.float32) / 255
 
 
-@partial(jax.jit, static_argnames="augment")
+@partial(jax.jit, static_argnames=("augment", "read", "label_smoothing"))
 def train_step(
-    state: TrainState, batch: Batch, noise_key: jax.Array, augment: Augment | None = None
+    state: TrainState,
+    batch: Batch,
+    noise_key: jax.Array,
+    augment: Augment | None = None,
+    read: Reading = rows,
+    label_smoothing: float = 0.0,
 ) -> tuple[TrainState, Metrics]:
-    """One gradient step on the mean loss of a batch.
+    """One gradient step on the mean cross-entropy of a batch.
 
     Args:
         state: the state before the step.
         batch: images, labels and mask, as the module describes them.
         noise_key: of dropout and augmentation; `state.step` is folded into it.
         augment: `(key, images float32 [batch, height, width]) -> images`.
+        read: `images -> sequences [batch, time, features]`, as in `lstm_flax.readings`.
+        label_smoothing: part of each label's weight that goes to all classes alike (Szegedy et
+            al., "Rethinking the Inception Architecture", 2016, section 7); the metrics' loss is
+            that of the plain labels.
 
     Returns:
         The state after the step, and the metrics of the batch before it.
     """
     dropout_key, augment_key = jax.random.split(jax.random.fold_in(noise_key, state.step))
-    x = to_sequence(batch["image"])
+    images = to_floats(batch["image"])
     if augment is not None:
-        x = augment(augment_key, x)
+        images = augment(augment_key, images)
+    x = read(images)
 
     def loss_fn(params):
         rngs = {"dropout": dropout_key}
         logits = state.apply_fn({"params": params}, x, deterministic=False, rngs=rngs)
         metrics = Metrics.of(logits, batch["label"], batch["mask"])
-        return metrics.loss, metrics
+        if not label_smoothing:
+            return metrics.loss, metrics
+        labels = jax.nn.one_hot(batch["label"], logits.shape[-1])
+        losses = optax.softmax_cross_entropy(logits, optax.smooth_labels(labels, label_smoothing))
+        return jnp.sum(losses, where=batch["mask"]) / metrics.count, metrics
 
     grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
     state = state.apply_gradients(grads=grads)
     return state.replace(params=_whole(state.params)), metrics
 
 
-@jax.jit
-def eval_step(state: TrainState, batch: Batch) -> Metrics:
+@partial(jax.jit, static_argnames="read")
+def eval_step(state: TrainState, batch: Batch, read: Reading = rows) -> Metrics:
     """Metrics of one batch, without dropout or augmentation."""
-    logits = state.apply_fn({"params": state.params}, to_sequence(batch["image"]))
+    logits = state.apply_fn({"params": state.params}, read(to_floats(batch["image"])))
     return Metrics.of(logits, batch["label"], batch["mask"])
 
 
@@ -221,7 +238,11 @@ def _take_batch(data: Batch, order: jax.Array, index: jax.Array, batch_size: int
     return _split_over_devices(batch | {"mask": mask})
 
 
-@partial(jax.jit, static_argnames=("batch_size", "augment"), donate_argnames=("state", "metrics"))
+@partial(
+    jax.jit,
+    static_argnames=("batch_size", "augment", "read", "label_smoothing"),
+    donate_argnames=("state", "metrics"),
+)
 def train_steps(
     state: TrainState,
     metrics: Metrics,
@@ -231,6 +252,8 @@ def train_steps(
     *,
     batch_size: int,
     augment: Augment | None = None,
+    read: Reading = rows,
+    label_smoothing: float = 0.0,
 ) -> tuple[TrainState, Metrics]:
     """Up to `max_steps` train steps in one call, stopping where the epoch ends.
 
@@ -244,7 +267,7 @@ def train_steps(
         keys: the run's.
         max_steps: steps to take at most.
         batch_size: images a step.
-        augment: as in `train_step`.
+        augment, read, label_smoothing: as in `train_step`.
 
     Returns:
         The state after these steps, and the metrics of the epoch so far.
@@ -257,20 +280,20 @@ def train_steps(
     def body(index, carry):
         state, metrics = carry
         batch = _take_batch(data, order, index, batch_size)
-        state, batch_metrics = train_step(state, batch, keys.noise, augment)
+        state, batch_metrics = train_step(state, batch, keys.noise, augment, read, label_smoothing)
         return state, metrics + batch_metrics
 
     last = jnp.minimum(first + max_steps, per_epoch)
     return jax.lax.fori_loop(first, last, body, (state, metrics))
 
 
-@partial(jax.jit, static_argnames="batch_size")
-def evaluate(state: TrainState, data: Batch, *, batch_size: int) -> Metrics:
+@partial(jax.jit, static_argnames=("batch_size", "read"))
+def evaluate(state: TrainState, data: Batch, *, batch_size: int, read: Reading = rows) -> Metrics:
     """Metrics over a whole dataset, every example of it, in one call."""
     num_examples = data["label"].shape[0]
     order = jnp.arange(num_examples)
 
     def body(index, metrics):
-        return metrics + eval_step(state, _take_batch(data, order, index, batch_size))
+        return metrics + eval_step(state, _take_batch(data, order, index, batch_size), read)
 
     return jax.lax.fori_loop(0, steps_per_epoch(num_examples, batch_size), body, Metrics.zero())

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from experiments.config import Config
 from experiments.mnist_lstm import make_model, make_optimizer
 from lstm_flax import training
-from lstm_flax.augment import random_affine
+from lstm_flax.augment import distort
 
 
 def placed(tree, mesh, spec):
@@ -55,7 +55,7 @@ def main(topology, chips_per_host, precision, batch_size):
     key = placed(jax.random.key(0), mesh, P())
     with jax.set_mesh(mesh):
         steps = {
-            "train": training.train_step.lower(*arguments, key, augment=random_affine),
+            "train": training.train_step.lower(*arguments, key, augment=distort),
             "eval": training.eval_step.lower(*arguments),
         }
         report = {"devices": len(devices), "kind": devices[0].device_kind}

@@ -14,7 +14,7 @@ import pytest
 from experiments.config import Config
 from experiments.mnist_lstm import make_model, make_optimizer
 from lstm_flax import training
-from lstm_flax.augment import random_affine
+from lstm_flax.augment import distort
 
 BATCH_SIZE = 1024
 V5E_BYTES = 16 * 2**30  # of HBM on a chip
@@ -72,12 +72,12 @@ def test_train_and_eval_step_lower_for(platform):
     model = model.clone(core=model.core.clone(implementation="scan"))
     sample = jnp.zeros((8, 28, 28), jnp.uint8)
     key = jax.random.key(0)
-    state = training.create_train_state(model, tx, training.to_sequence(sample), key)
+    state = training.create_train_state(model, tx, training.to_floats(sample), key)
     batch = {"image": sample, "label": jnp.zeros(8, jnp.int32), "mask": jnp.ones(8, bool)}
 
     def train(params, opt_state, batch):
         before = state.replace(params=params, opt_state=opt_state)
-        after, metrics = training.train_step(before, batch, key, random_affine)
+        after, metrics = training.train_step(before, batch, key, distort)
         return after.params, after.opt_state, metrics.loss_sum
 
     def evaluate(params, batch):

@@ -52,6 +52,42 @@ def test_train_evaluate_and_run_again(run, tmp_path):
     assert "there are: 14, 28" in error
 
 
+def test_a_recipe_sets_what_is_left_out(run, tmp_path):
+    assert run("--workdir", tmp_path, *SMALL, "--recipe", "best", "--epochs", 1)[0] == 0
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["recipe"] == "best"
+    assert config["epochs"] == 1
+    assert config["hidden_size"] == 24
+    assert config["elastic"] > 0
+    assert config["label_smoothing"] > 0
+    # The run goes on with its own recipe, and refuses another.
+    assert run("--workdir", tmp_path)[0] == 0
+    assert run("--workdir", tmp_path, "--eval-only")[0] == 0
+    status, _, error = run("--workdir", tmp_path, "--recipe", "fast")
+    assert status == 2
+    assert "--recipe is fast, the run's is best" in error
+
+
+def test_a_run_from_before_a_flag_goes_on_with_the_flags_default(run, tmp_path):
+    assert run("--workdir", tmp_path, *SMALL, "--epochs", 1)[0] == 0
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["elastic"]
+    path.write_text(json.dumps(config))
+    assert run("--workdir", tmp_path)[0] == 0
+
+
+@pytest.mark.parametrize("sequence", ["pixels", "permuted"])
+def test_digits_are_read_pixel_by_pixel(run, tmp_path, sequence):
+    flags = ["--hidden-size", 8, "--epochs", 1, "--sequence", sequence]
+    assert run("--workdir", tmp_path, *SMALL, *flags)[0] == 0
+    evaluation = read_eval(tmp_path)
+    assert run("--workdir", tmp_path, "--eval-only")[0] == 0
+    assert read_eval(tmp_path) == evaluation
+    # The order of the pixels is the whole difference between the two.
+    assert run("--workdir", tmp_path, "--sequence", "rows")[0] == 2
+
+
 def test_evaluation_in_a_new_process_gives_the_same_figures(run, data_dir, tmp_path):
     assert run("--workdir", tmp_path, *SMALL, "--epochs", 1)[0] == 0
     evaluation = read_eval(tmp_path)
@@ -114,6 +150,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_what_was_saved(run, 
         (["--learning-rate", "0"], "--learning-rate must be a positive number"),
         (["--clip-norm", "-1"], "--clip-norm must be a positive number"),
         (["--weight-decay", "inf"], "--weight-decay must be at least 0"),
+        (["--elastic", "-1"], "--elastic must be at least 0"),
+        (["--label-smoothing", "1"], "--label-smoothing must be at least 0 and less than 1"),
         (["--dropout", "1"], "--dropout must be at least 0 and less than 1"),
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--validation-size", "-1"], "--validation-size must be at least 0"),

@@ -11,11 +11,12 @@ from lstm_flax import (
     create_train_state,
     eval_step,
     evaluate,
+    readings,
     train_step,
     train_steps,
     training,
 )
-from lstm_flax.augment import random_affine
+from lstm_flax.augment import distort
 
 
 def make_data(num_images, seed=0):
@@ -77,7 +78,7 @@ def test_step_two_does_not_recompile():
 @pytest.mark.parametrize("batch_size", [1, 7, 10, 23, 64])
 def test_metrics_count_every_example_of_a_ragged_last_batch(batch_size):
     data, state = make_data(23), make_state()
-    logits = state.apply_fn({"params": state.params}, training.to_sequence(data["image"]))
+    logits = state.apply_fn({"params": state.params}, training.to_floats(data["image"]))
     logits, labels = np.asarray(logits, np.float64), np.asarray(data["label"])
     log_sums = np.log(np.exp(logits).sum(1))
     losses = log_sums - logits[np.arange(23), labels]
@@ -115,7 +116,7 @@ def test_padding_of_the_last_batch_leaves_no_trace_in_the_gradient():
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"augment": random_affine}])
+@pytest.mark.parametrize("options", [{}, {"augment": distort}])
 def test_chunks_of_any_size_give_the_same_bits(options):
     data = make_data(23)
     whole = run_epoch(make_state(dropout=0.3), data, [5], batch_size=5, **options)
@@ -147,7 +148,7 @@ def test_noise_differs_between_steps_and_repeats_with_the_step():
 
     def loss_at(step):
         at = state.replace(step=jnp.int32(step))
-        return float(train_step(at, batch, jax.random.key(0), random_affine)[1].loss)
+        return float(train_step(at, batch, jax.random.key(0), distort)[1].loss)
 
     assert loss_at(3) == loss_at(3)
     assert loss_at(3) != loss_at(4)
@@ -175,12 +176,12 @@ def test_affine_of_no_size_is_the_identity_and_a_shift_moves_pixels():
     images = jax.random.uniform(jax.random.key(0), (4, 28, 28))
     still = {"max_rotation": 0.0, "max_shear": 0.0, "max_scale": 0.0}
     key = jax.random.key(1)
-    np.testing.assert_array_equal(random_affine(key, images, max_shift=0.0, **still), images)
-    moved = random_affine(key, images, max_shift=2.0, **still)
+    np.testing.assert_array_equal(distort(key, images, max_shift=0.0, **still), images)
+    moved = distort(key, images, max_shift=2.0, **still)
     assert not np.allclose(moved, images)
     # A ramp that falls by one a pixel shows by how much each image was moved along x.
     ramp = jnp.broadcast_to(jnp.arange(28.0), (64, 28, 28))
-    shifts = (random_affine(key, ramp, max_shift=2.0, **still) - ramp)[:, 5:-5, 5:-5]
+    shifts = (distort(key, ramp, max_shift=2.0, **still) - ramp)[:, 5:-5, 5:-5]
     np.testing.assert_allclose(shifts.min((1, 2)), shifts.max((1, 2)), atol=1e-4)
     assert shifts.min() >= -2
     assert shifts.max() <= 2
@@ -190,7 +191,7 @@ def test_affine_of_no_size_is_the_identity_and_a_shift_moves_pixels():
 @pytest.mark.usefixtures("strict_dtypes")
 def test_affine_rotates_about_the_centre():
     spot = jnp.zeros((32, 29, 29)).at[:, 14, 20].set(1.0)
-    turned = random_affine(
+    turned = distort(
         jax.random.key(0), spot, max_rotation=0.2, max_shear=0.0, max_scale=0.0, max_shift=0.0
     )
     y, x = np.mgrid[:29, :29] - 14.0
@@ -201,3 +202,41 @@ def test_affine_rotates_about_the_centre():
     angles = np.arctan2(centre_y, centre_x)
     assert np.abs(angles).max() < 0.25
     assert angles.std() > 0.08  # uniform on [-0.2, 0.2] has 0.115
+
+
+@pytest.mark.usefixtures("strict_dtypes")
+def test_elastic_moves_points_by_its_pixels_and_neighbours_together():
+    still = {"max_rotation": 0.0, "max_shear": 0.0, "max_scale": 0.0, "max_shift": 0.0}
+    ramp = jnp.broadcast_to(jnp.arange(28.0), (512, 28, 28))
+    moves = (distort(jax.random.key(0), ramp, elastic=0.5, **still) - ramp)[:, 3:-3, 3:-3]
+    np.testing.assert_allclose(moves.std((0, 2)), 0.5, rtol=0.1)
+    # Blurring twice by a Gaussian of radius 4 is one of radius 4 √2: at 4 pixels exp(-1/4).
+    near = (moves[:, :, :-4] * moves[:, :, 4:]).mean() / moves.var()
+    np.testing.assert_allclose(near, np.exp(-0.25), atol=0.05)
+
+
+def test_label_smoothing_is_cross_entropy_with_soft_targets():
+    batch, state = as_batch(make_data(8)), make_state()
+    targets = 0.8 * np.eye(10, dtype=np.float32)[batch["label"]] + 0.02
+
+    def loss(params):
+        logits = state.apply_fn({"params": params}, training.to_floats(batch["image"]))
+        return -(targets * jax.nn.log_softmax(logits)).sum(-1).mean()
+
+    plain = state.replace(tx=optax.sgd(1.0), opt_state=optax.sgd(1.0).init(state.params))
+    moved, metrics = train_step(plain, batch, jax.random.key(0), label_smoothing=0.2)
+    expected = jax.tree.map(lambda p, g: p - g, state.params, jax.grad(loss)(state.params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), moved.params, expected)
+    assert float(metrics.loss) == float(eval_step(state, batch).loss)  # of the plain labels
+
+
+def test_readings_have_every_pixel_once_and_a_fixed_order():
+    images = jnp.arange(2 * 784).reshape(2, 28, 28)
+    np.testing.assert_array_equal(readings.rows(images)[1, 3], images[1, 3])
+    sequence = readings.pixels(images)
+    assert sequence.shape == (2, 784, 1)
+    np.testing.assert_array_equal(sequence[1, 30, 0], images[1, 1, 2])
+    permuted = readings.permuted_pixels(images)[:, :, 0]
+    np.testing.assert_array_equal(jnp.sort(permuted), images.reshape(2, 784))
+    np.testing.assert_array_equal(permuted[1] - 784, permuted[0])
+    assert permuted[0, :3].tolist() == [319, 576, 323]  # as in the literature's code

@@ -1,0 +1,76 @@
+"""One recipe of the MNIST experiment with several seeds: mean and spread of the test accuracy.
+
+    python -m experiments.accuracy [--recipe best] [--seeds 0 1 2 3 4] [--flags="--epochs 5"]
+
+Each seed is a run of experiments.mnist_lstm in a workdir of its own; the same command goes on where
+it was cut off, and a run that is finished is only evaluated. Each result, the last step's, is
+evaluated on the test set once.
+"""
+
+import csv
+import dataclasses
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+
+from experiments import mnist_lstm, run_files
+from experiments.benchmark.report import table
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags, with their defaults."""
+
+    workdir: Path = Path("runs/accuracy")
+    """Where the runs live, RECIPE-seed0 and so on, and the table of their results."""
+    recipe: Literal["standard", "fast", "best"] = "best"
+    """As in experiments.mnist_lstm."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Of the runs."""
+    flags: str = ""
+    """Further flags of experiments.mnist_lstm, in one string: --flags="--epochs 5"."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train with each seed and print the results; returns the exit status."""
+    options = tyro.cli(
+        Options, prog="python -m experiments.accuracy", description=__doc__, args=argv
+    )
+    evaluations = []
+    for seed in options.seeds:
+        workdir = options.workdir / f"{options.recipe}-seed{seed}"
+        print(f"== seed {seed}", flush=True)
+        flags = ["--workdir", str(workdir), "--recipe", options.recipe, "--seed", str(seed)]
+        if status := mnist_lstm.main([*flags, *shlex.split(options.flags)]):
+            return status
+        evaluation = json.loads(run_files.eval_path(workdir).read_text())
+        evaluations.append({"seed": seed} | evaluation)
+    path = options.workdir / f"{options.recipe}.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, evaluations[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(evaluations)
+    print(f"\n{summary(evaluations)}\n\nwritten to {path}")
+    return 0
+
+
+def summary(evaluations: Sequence[dict[str, Any]]) -> str:
+    """A table in Markdown: a row a seed, then their mean and sample standard deviation."""
+    rows = [
+        [str(e["seed"]), f"{e['correct']:,} of {e['total']:,}", f"{e['test_accuracy']:.2%}"]
+        for e in evaluations
+    ]
+    accuracies = 100 * np.array([e["test_accuracy"] for e in evaluations])
+    spread = f" ± {accuracies.std(ddof=1):.3f}" if len(accuracies) > 1 else ""
+    rows.append(["mean ± standard deviation", "", f"{accuracies.mean():.3f}{spread} %"])
+    return table(["seed", "correct", "test accuracy"], rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""RNN, GRU and LSTM of several depths, compared: see `__main__`."""

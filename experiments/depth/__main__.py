@@ -1,0 +1,201 @@
+"""What depth and gates cost, and what they bring: RNN, GRU and LSTM of one to three layers.
+
+    python -m experiments.depth [--dataset mnist] [--figures experiments/figures] [...]
+
+For each kind and number of layers: the parameters, counted and by formula; the time of a train
+step; and the test accuracy, mean and 95% interval over seeds. Prints a table in Markdown, and
+draws two figures, each with its data beside it as CSV.
+
+What is shortened, so that all 27 trainings take minutes: 4,000 training images in place of
+60,000; 128 units in place of 256; no augmentation. All models share one recipe, which is tuned
+for none of them: each may do better with its own. With three seeds the intervals are wide, and
+as all seeds share one test set, they do not hold the error of its finite size.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from tqdm import tqdm
+
+from experiments.depth.measure import (
+    Recipe,
+    Row,
+    accuracy,
+    first_of_each_class,
+    initial_states,
+    on_device,
+    step_seconds,
+    t_interval,
+    train,
+)
+from experiments.depth.parameters import KINDS, count, formula, make_model, total
+from lstm_flax import data, training
+from lstm_flax.data import DataError
+from lstm_flax.training import Batch
+
+
+class UsageError(Exception):
+    """A flag's value can't be used; the message names the flag."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags, with their defaults."""
+
+    layers: tuple[int, ...] = (1, 2, 3)
+    """Numbers of layers to compare."""
+    hidden_size: int = 128
+    """Units of each layer."""
+    seeds: int = 3
+    """How often to train each model, with the seeds 0, 1, ..."""
+    epochs: int = 12
+    """Passes over the training images."""
+    batch_size: int = 128
+    """Images a step."""
+    learning_rate: float = 4e-3
+    """Peak of AdamW's one-cycle learning rate, the same for all models."""
+    train_images: int = 4000
+    """Training images, the first ones of each class; the same for all seeds."""
+    rounds: int = 15
+    """Turns of each model when train steps are timed; the median counts."""
+    dataset: Literal["auto", "mnist", "fashion_mnist", "kmnist", "mnist5k"] = "auto"
+    """What to learn; auto is mnist, or mnist5k where mnist can't be had."""
+    data_dir: Path | None = None
+    """tfds's folder; None is tfds's own default."""
+    manual_dir: Path | None = None
+    """Folder with the dataset's four original IDX .gz files, in place of a download."""
+    figures: Path = Path("experiments/figures")
+    """Folder of the figures."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the comparison from a command line; returns the exit status."""
+    options = tyro.cli(Options, prog="python -m experiments.depth", description=__doc__, args=argv)
+    try:
+        check(options)
+        run(options)
+    except (UsageError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def check(options: Options) -> None:
+    """Refuse at once what would be wrong only after all is computed.
+
+    Raises:
+        UsageError: a flag's value can't be used, or matplotlib is missing.
+    """
+    for name in ("hidden_size", "epochs", "batch_size", "train_images", "rounds"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+    if not options.layers or min(options.layers) < 1:
+        raise UsageError("--layers must be numbers of at least 1")
+    if options.seeds < 2:
+        raise UsageError("--seeds must be at least 2: one alone has no interval")
+    if not 0 < options.learning_rate < math.inf:
+        raise UsageError("--learning-rate must be a positive number")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("this needs matplotlib: pip install matplotlib")
+    try:
+        options.figures.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--figures {options.figures} can't be made ({error.strerror})") from error
+
+
+def run(options: Options) -> None:
+    """Train, time and count all models; print and draw."""
+    from experiments.depth import figures  # it needs matplotlib
+
+    if options.dataset == "auto":
+        builder = data.prepare_auto(options.data_dir, options.manual_dir)
+    else:
+        builder = data.prepare(options.dataset, options.data_dir, options.manual_dir)
+    test = data.read_split(builder, "test")
+    chosen = first_of_each_class(data.read_split(builder, "train"), options.train_images)
+    if options.batch_size > len(chosen.labels):
+        raise UsageError(
+            f"--batch-size is {options.batch_size}, but there are only {len(chosen.labels)} "
+            f"training images"
+        )
+    print(
+        f"{builder.name}: {len(chosen.labels):,} training and {len(test.labels):,} test images; "
+        f"{options.hidden_size} units, {options.epochs} epochs, {options.seeds} seeds\n"
+    )
+    rows = compare(options, on_device(chosen), on_device(test))
+    print(table(rows, options.hidden_size))
+
+    test_images = f"{len(test.labels):,} images of {builder.name}"
+    figures.draw_results(rows, test_images, options.figures / "depth.png")
+    deepest = max(options.layers)
+    places = count("LSTM", deepest, options.hidden_size)
+    figures.draw_parameters(
+        rows, places, options.hidden_size, options.figures / "depth_parameters.png"
+    )
+    print(f"\nfigures in {options.figures}: depth.png, depth_parameters.png; data as .csv")
+
+
+def compare(options: Options, train_set: Batch, test_set: Batch) -> list[Row]:
+    """Time and train all models, the kinds one after the other, each from few layers to many."""
+    recipe = Recipe(options.epochs, options.batch_size, options.learning_rate)
+    names = [(kind, layers) for kind in KINDS for layers in sorted(set(options.layers))]
+    tx, seeds = recipe.optimizer(train_set), range(options.seeds)
+    states = {
+        (kind, layers): initial_states(
+            make_model(kind, layers, options.hidden_size), tx, train_set, seeds
+        )
+        for kind, layers in names
+    }
+    timed = {(*name, "auto"): of_name[0] for name, of_name in states.items()}
+    sample = training.to_floats(train_set["image"][: options.batch_size])
+    for kind, layers in names:
+        if make_model(kind, layers, options.hidden_size).core.why_not_native(sample) is None:
+            scanning = make_model(kind, layers, options.hidden_size, "scan")
+            timed[kind, layers, "scan"] = states[kind, layers][0].replace(apply_fn=scanning.apply)
+    seconds = step_seconds(timed, recipe, train_set, options.rounds)
+
+    rows = []
+    for kind, layers in tqdm(names, unit=" models", disable=None):
+        trained = (
+            train(state, recipe, train_set, seed)
+            for seed, state in enumerate(states.pop((kind, layers)))
+        )
+        rows.append(
+            Row(
+                kind,
+                layers,
+                total(count(kind, layers, options.hidden_size)),
+                seconds.get((kind, layers, "scan"), seconds[kind, layers, "auto"]),
+                seconds[kind, layers, "auto"],
+                [accuracy(state, test_set) for state in trained],
+            )
+        )
+    return rows
+
+
+def table(rows: Sequence[Row], hidden_size: int) -> str:
+    """All figures in Markdown, a line a model."""
+    lines = [
+        "| | layers | parameters | by formula | ms a train step, scan | ms, as trained "
+        "| test accuracy, %, 95% interval |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for row in rows:
+        interval = t_interval(row.accuracies)
+        mean, low, high = (f"{100 * value:.2f}" for value in interval)
+        lines.append(
+            f"| {row.kind} | {row.layers} | {row.parameters:,} "
+            f"| {formula(row.kind, row.layers, hidden_size):,} | {1000 * row.scan_seconds:.1f} "
+            f"| {1000 * row.seconds:.1f} | {mean} ({low} to {high}) |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The textbook's claims about vanishing gradients, measured: see `__main__`."""

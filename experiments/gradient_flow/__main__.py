@@ -1,0 +1,282 @@
+"""Measure what textbooks say about vanishing gradients, on real digits.
+
+    python -m experiments.gradient_flow [--figures experiments/figures] [--part flow] [...]
+
+One layer, vanilla RNN and LSTM, in three parts:
+
+- flow: how much of the gradient of the last step's loss reaches each earlier state, at
+  initialisation and after a short training, over 28 rows and over 784 single pixels.
+- clipping: what clipping the gradient changes in the training of an RNN, and what it does not.
+- memory: test accuracy when blank rows come after the digit, the same training for all.
+
+Writes figures, each with its data as CSV beside it, and prints tables in Markdown. All of it takes
+13 minutes of CPU time; 11 minutes on 2 cores that did other work too. For that the trainings are
+short, on 4,000 images: five epochs of rows suffice for 73% to 89% of the test images, one epoch of
+pixels for nothing better than guessing.
+
+float32 ends at 1e38: over 784 pixels the RNN of gain 1.5 becomes NaN in its first train step, and
+the LSTM of forget bias 3 stands still, since the squares of its gradient, 1e22, overflow, and it is
+divided by an infinite norm. Clipping comes too late for both.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from experiments.gradient_flow.clipping import CLIP_NORM, Trace, trace, watched_descent
+from experiments.gradient_flow.flow import Flow, before_and_after
+from experiments.gradient_flow.memory import BLANK_ROWS, accuracies
+from experiments.gradient_flow.models import Recipe, all_variants, as_pixels, as_rows, rnns
+from lstm_flax import Keys, data
+from lstm_flax.data import DataError, Split
+
+
+class OptionError(Exception):
+    """What was asked for can't be done; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags, with their defaults."""
+
+    figures: Path = Path("experiments/figures")
+    """Folder for the figures and their data."""
+    part: Literal["all", "flow", "clipping", "memory"] = "all"
+    """What to measure."""
+    dataset: Literal["auto", "mnist", "fashion_mnist", "kmnist", "mnist5k"] = "auto"
+    """What to read, as for experiments.mnist_lstm."""
+    data_dir: Path | None = None
+    """tfds's folder; None is tfds's own default."""
+    manual_dir: Path | None = None
+    """Folder with the dataset's four original IDX .gz files, in place of a download."""
+    images: int = 4000
+    """Training images, the first so many; all where there are fewer."""
+    test_images: int = 1000
+    """Test images, the same."""
+    hidden_size: int = 128
+    """Units of the one layer."""
+    epochs: int = 5
+    """Passes over the training images, where a digit is read row by row."""
+    pixel_epochs: int = 1
+    """The same, where it is read pixel by pixel."""
+    batch_size: int = 100
+    """Images a train step."""
+    learning_rate: float = 2e-3
+    """Peak of AdamW's one-cycle learning rate."""
+    clipping_steps: int = 100
+    """Train steps of the part clipping."""
+    clipping_rate: float = 0.3
+    """Learning rate there, of plain gradient descent."""
+    probes: int = 64
+    """Test images whose gradients are followed; the first so many."""
+    seeds: int = 3
+    """Trainings of each point of the part memory."""
+    seed: int = 0
+    """Of parameters and order of the images; the first one of the part memory."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the parts from a command line; returns the exit status."""
+    options = tyro.cli(
+        Options, prog="python -m experiments.gradient_flow", description=__doc__, args=argv
+    )
+    try:
+        check(options)
+        run(options)
+    except (OptionError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def check(options: Options) -> None:
+    """Refuse at once what would only fail later.
+
+    Raises:
+        OptionError: a flag's value can't be used, or matplotlib is missing.
+    """
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        flag = f"--{field.name.replace('_', '-')}"
+        lowest = 0 if field.name == "seed" else 1
+        if field.type is int and value < lowest:
+            raise OptionError(f"{flag} must be at least {lowest}, but is {value}")
+        if field.type is float and not 0 < value < math.inf:
+            raise OptionError(f"{flag} must be a positive number, but is {value}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise OptionError("this needs matplotlib: pip install matplotlib")
+    try:
+        options.figures.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"--figures {options.figures}: {error.strerror}") from error
+
+
+def run(options: Options) -> None:
+    """Measure, draw and print each part."""
+    from experiments.gradient_flow import figures  # matplotlib is not always installed
+
+    splits = load_splits(options)
+    if options.part in ("all", "flow"):
+        flows = measure_flow(options, splits)
+        figures.draw_flow(
+            [flow for flow in flows if not flow.is_trained],
+            "At initialisation: how much of the last step's gradient reaches step t",
+            options.figures / "gradient_flow.png",
+        )
+        figures.draw_flow(
+            [flow for flow in flows if flow.is_trained],
+            "After training: how much of the last step's gradient reaches step t",
+            options.figures / "gradient_flow_trained.png",
+        )
+        print(flow_table(flows), flush=True)
+    if options.part in ("all", "clipping"):
+        traces = measure_clipping(options, splits)
+        figures.draw_clipping(traces, options.figures / "clipping.png")
+        print(clipping_table(traces), flush=True)
+    if options.part in ("all", "memory"):
+        found = measure_memory(options, splits)
+        figures.draw_memory(found, options.figures / "memory.png")
+        print(memory_table(found), flush=True)
+
+
+def load_splits(options: Options) -> dict[str, Split]:
+    """Read the images that are used.
+
+    Raises:
+        DataError: they can't be had.
+        OptionError: they do not fill a batch.
+    """
+    if options.dataset == "auto":
+        builder = data.prepare_auto(options.data_dir, options.manual_dir)
+    else:
+        builder = data.prepare(options.dataset, options.data_dir, options.manual_dir)
+    splits = {
+        "train": first(data.read_split(builder, "train"), options.images),
+        "test": first(data.read_split(builder, "test"), options.test_images),
+    }
+    images = len(splits["train"].labels)
+    if options.batch_size > images:
+        raise OptionError(
+            f"--batch-size is {options.batch_size}, but there are only {images} training images"
+        )
+    return splits
+
+
+def first(split: Split, count: int) -> Split:
+    """The first `count` examples."""
+    return Split(split.images[:count], split.labels[:count])
+
+
+def measure_flow(options: Options, splits: dict[str, Split]) -> list[Flow]:
+    """Follow the gradient through all variants and both sequences, before and after training."""
+    variants = all_variants(options.hidden_size)
+    keys = Keys.from_seed(options.seed)
+    flows: list[Flow] = []
+    with tqdm(total=4 * len(variants), desc="flow", disable=None) as bar:
+        for sequence, read, epochs in (
+            ("rows", as_rows, options.epochs),
+            ("pixels", as_pixels, options.pixel_epochs),
+        ):
+            datasets = {name: read(split) for name, split in splits.items()}
+            probe = read(first(splits["test"], options.probes))
+            recipe = Recipe(epochs, options.batch_size, options.learning_rate)
+            for flow in before_and_after(variants, sequence, datasets, probe, keys, recipe):
+                flows.append(flow)
+                bar.update()
+    return flows
+
+
+def measure_clipping(options: Options, splits: dict[str, Split]) -> dict[tuple[str, bool], Trace]:
+    """Train an RNN whose gradient explodes and one whose gradient vanishes, both ways."""
+    variants = rnns(options.hidden_size, 1.5, 0.5)
+    train_data, probe = as_rows(splits["train"]), as_rows(first(splits["test"], options.probes))
+    keys = Keys.from_seed(options.seed)
+    traces = {}
+    with tqdm(total=2 * len(variants), desc="clipping", disable=None) as bar:
+        for clips in (False, True):
+            tx = watched_descent(options.clipping_rate, CLIP_NORM if clips else None)
+            for variant in variants:
+                traces[variant.label, clips] = trace(
+                    variant,
+                    tx,
+                    train_data,
+                    probe,
+                    keys,
+                    steps=options.clipping_steps,
+                    batch_size=options.batch_size,
+                )
+                bar.update()
+    return traces
+
+
+def measure_memory(options: Options, splits: dict[str, Split]) -> dict[int, dict[str, list[float]]]:
+    """Accuracies of all seeds, by the number of blank rows and the variant's label."""
+    variants = all_variants(options.hidden_size)
+    seeds = range(options.seed, options.seed + options.seeds)
+    recipe = Recipe(options.epochs, options.batch_size, options.learning_rate)
+    return {
+        blank: accuracies(variants, splits, blank, seeds, recipe)
+        for blank in tqdm(BLANK_ROWS, desc="memory", disable=None)
+    }
+
+
+def flow_table(flows: Sequence[Flow]) -> str:
+    """What is left at the first step of the gradient at the last, and the accuracies."""
+    by_key = {(flow.label, flow.sequence, flow.is_trained): flow for flow in flows}
+    moments = [(s, t) for s in ("rows", "pixels") for t in (False, True)]
+    lines = [
+        "| first step's gradient / last step's | 28 rows, at first | trained | test accuracy "
+        "| 784 pixels, at first | trained | test accuracy |",
+        "| --- |" + " ---: |" * 6,
+    ]
+    for label in dict.fromkeys(flow.label for flow in flows):
+        for state in by_key[label, "rows", False].norms:
+            cells = []
+            for sequence, is_trained in moments:
+                flow = by_key[label, sequence, is_trained]
+                cells.append(f"{flow.relative(state)[0]:.1e}")
+                if is_trained:
+                    cells.append(f"{flow.accuracy:.1%}")
+            lines.append(f"| {label}: {state} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def clipping_table(traces: dict[tuple[str, bool], Trace]) -> str:
+    """Largest and median norm, last loss, and reach."""
+    lines = [
+        "| | clipped | median norm | largest norm | mean loss of the last ten steps "
+        "| median first step's gradient / last step's |",
+        "| --- | --- |" + " ---: |" * 4,
+    ]
+    lines += [
+        f"| {label} | {'yes' if clips else 'no'} | {np.median(found.norm):.1f} "
+        f"| {found.norm.max():.1f} | {found.loss[-10:].mean():.2f} "
+        f"| {np.median(found.reach):.1e} |"
+        for (label, clips), found in traces.items()
+    ]
+    return "\n".join([*lines, ""])
+
+
+def memory_table(found: dict[int, dict[str, list[float]]]) -> str:
+    """Mean test accuracy, and in brackets the lowest and highest of the seeds."""
+    blanks = " | ".join(f"{blank} blank rows" for blank in found)
+    lines = [f"| test accuracy, % | {blanks} |", "| --- |" + " ---: |" * len(found)]
+    for label in next(iter(found.values())):
+        cells = [
+            f"{100 * np.mean(seeds):.1f} ({100 * min(seeds):.1f} to {100 * max(seeds):.1f})"
+            for seeds in (by_label[label] for by_label in found.values())
+        ]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""The models that are compared, how they read a digit, and their short training."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.training.train_state import TrainState
+
+from lstm_flax import Keys, LSTMStack, Metrics, RNNStack, SequenceClassifier, training
+from lstm_flax.data import Split
+from lstm_flax.training import Batch
+
+CLASSES = 10
+
+
+class Variant(NamedTuple):
+    """A model with its own way to start.
+
+    Variants of one model differ in their parameters alone, and share what is compiled for it.
+    """
+
+    label: str  # in tables and legends
+    model: SequenceClassifier
+    adjust: Callable[[Any], Any]  # from the model's initial parameters to the variant's
+
+
+class Recipe(NamedTuple):
+    """How long and how fast a training is."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float  # peak of the one-cycle rate
+
+
+def all_variants(hidden_size: int) -> list[Variant]:
+    """What is compared; gain 1 and forget bias 1 are this project's defaults."""
+    return [*rnns(hidden_size, 0.5, 1, 1.5), *lstms(hidden_size, 0, 1, 3)]
+
+
+def rnns(hidden_size: int, *gains: float) -> list[Variant]:
+    """One layer of a vanilla RNN, whose recurrent kernel starts as `gain` times an orthogonal one.
+
+    Each step back multiplies the gradient by that kernel and by tanh', which is at most one: below
+    a gain of one it must vanish, above it may explode (Pascanu, Mikolov and Bengio, "On the
+    difficulty of training recurrent neural networks", 2013).
+    """
+    model = SequenceClassifier(RNNStack(hidden_size), CLASSES)
+
+    def scale(gain: float, params: Any) -> Any:
+        layer = params["core"]["l0"]
+        return _with_layer(params, layer | {"kernel_hh": gain * layer["kernel_hh"]})
+
+    return [Variant(f"RNN, gain {gain:g}", model, partial(scale, gain)) for gain in gains]
+
+
+def lstms(hidden_size: int, *forget_biases: float) -> list[Variant]:
+    """One LSTM layer, whose forget gate's bias starts at `forget_bias`.
+
+    The path along the cell state multiplies the gradient by the forget gate, at first σ(bias), or
+    0.50, 0.73 and 0.95 for 0, 1 and 3. The path through `h` adds to that: near the zero state,
+    where the other gates are 1/2 and `h = c / 2`, a step back is
+
+        dc_t/dc_{t-1} = σ(bias) + W_g / 4
+
+    and as W_g starts orthogonal, the largest factors are 0.75, 0.98 and 1.20.
+    """
+    model = SequenceClassifier(LSTMStack(hidden_size), CLASSES)
+    forget = slice(hidden_size, 2 * hidden_size)  # in the order i, f, g, o
+
+    def fill(bias: float, params: Any) -> Any:
+        layer = params["core"]["l0"]
+        return _with_layer(params, layer | {"bias": layer["bias"].at[forget].set(bias)})
+
+    return [Variant(f"LSTM, forget bias {b:g}", model, partial(fill, b)) for b in forget_biases]
+
+
+def _with_layer(params: Any, layer: Any) -> Any:
+    return params | {"core": {"l0": layer}}
+
+
+def as_rows(split: Split, blank: int = 0) -> Batch:
+    """Digits as 28 rows of 28 pixels, uint8 [n, 28 + blank, 28], `blank` empty rows at the end."""
+    images = np.pad(split.images, ((0, 0), (0, blank), (0, 0)))
+    return {"image": jnp.asarray(images), "label": jnp.asarray(split.labels)}
+
+
+def as_pixels(split: Split) -> Batch:
+    """Digits as 784 single pixels, row by row, uint8 [n, 784, 1]."""
+    images = split.images.reshape(len(split.images), -1, 1)
+    return {"image": jnp.asarray(images), "label": jnp.asarray(split.labels)}
+
+
+def optimizer(recipe: Recipe, num_images: int) -> optax.GradientTransformation:
+    """The MNIST experiment's optimiser, without weight decay, over so many training images."""
+    total_steps = recipe.epochs * training.steps_per_epoch(num_images, recipe.batch_size)
+    return training.onecycle_adamw(
+        recipe.learning_rate, total_steps, weight_decay=0.0, clip_norm=1.0
+    )
+
+
+def start(
+    variant: Variant, tx: optax.GradientTransformation, data: Batch, keys: Keys
+) -> TrainState:
+    """The state of a training at step 0."""
+    model, features = variant.model, data["image"].shape[-1]
+    params = variant.adjust(_initial_params(model, keys.init, features))
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+    return state.replace(step=jnp.zeros((), jnp.int32))  # a Python 0 would compile again
+
+
+# Unlike `training.create_train_state`, it is compiled once for all seeds and lengths: most of the
+# time of short trainings otherwise.
+@partial(jax.jit, static_argnames=("model", "features"))
+def _initial_params(model: SequenceClassifier, key: jax.Array, features: int) -> Any:
+    return model.init(key, jnp.zeros((1, 1, features)))["params"]
+
+
+def train(state: TrainState, data: Batch, keys: Keys, recipe: Recipe) -> TrainState:
+    """Train to the recipe's end; `state` is given up to the call."""
+    per_epoch = training.steps_per_epoch(len(data["label"]), recipe.batch_size)
+    for _ in range(recipe.epochs):
+        state, _ = training.train_steps(
+            state, Metrics.zero(), data, keys, per_epoch, batch_size=recipe.batch_size
+        )
+    return state

@@ -1,0 +1,1 @@
+"""A trained run, watched while it reads: see `__main__`."""

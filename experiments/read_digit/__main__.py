@@ -1,0 +1,149 @@
+"""Watch a trained run read one digit, row by row, and see which digits it gets wrong.
+
+    python -m experiments.read_digit --workdir runs/mnist_lstm [--index 0] [--mistakes 12] [...]
+
+Draws three figures, each with its data beside it as CSV:
+
+- read_digit: the picture, and beside each row what the model believes once it has read that row
+- gates: the gates and the cell state of every unit of every layer, after each row
+- mistakes: the digits that it gets wrong, the most confident mistakes first
+"""
+
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import absl.logging
+import tyro
+
+from experiments.read_digit.reading import (
+    classify,
+    find_mistakes,
+    gates_by_row,
+    probabilities_by_row,
+    report,
+    settled_row,
+)
+from experiments.restored import RestoredRun, restore_run
+from experiments.run_files import RunFilesError
+from lstm_flax import data
+from lstm_flax.checkpoints import CheckpointError
+from lstm_flax.data import DataError, Split
+
+
+class UsageError(Exception):
+    """A flag's value can't be used; the message names the flag."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags, with their defaults."""
+
+    workdir: Path = Path("runs/mnist_lstm")
+    """Where the trained run lives; it may be training still, and goes on undisturbed."""
+    index: int = 0
+    """Which test image to read, counted from 0."""
+    mistakes: int = 12
+    """How many of the wrongly read test images to show; 0: none."""
+    figures: Path | None = None
+    """Folder of the figures; None is the folder figures in the workdir."""
+    data_dir: Path | None = None
+    """tfds's folder; None is tfds's own default."""
+    manual_dir: Path | None = None
+    """Folder with the dataset's four original IDX .gz files, in place of a download."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read a digit from a command line; returns the exit status."""
+    options = tyro.cli(
+        Options, prog="python -m experiments.read_digit", description=__doc__, args=argv
+    )
+    absl.logging.set_verbosity(absl.logging.FATAL)  # what Orbax logs as errors, it also raises
+    try:
+        check(options)
+        run(options)
+    except (UsageError, RunFilesError, CheckpointError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def check(options: Options) -> None:
+    """Refuse at once what would be wrong only after the run is restored.
+
+    Raises:
+        UsageError: a flag's value can't be used, or matplotlib is missing.
+    """
+    for name in ("index", "mistakes"):
+        if getattr(options, name) < 0:
+            raise UsageError(f"--{name} must be at least 0, but is {getattr(options, name)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("this needs matplotlib: pip install matplotlib")
+
+
+def run(options: Options) -> None:
+    """Restore the run, read the digit, find the mistakes; print and draw."""
+    trained = restore_run(options.workdir)
+    if trained.config.sequence != "rows":
+        raise UsageError(f"the run in {options.workdir} reads {trained.config.sequence}, not rows")
+    dataset = trained.config.dataset
+    test = data.read_split(data.prepare(dataset, options.data_dir, options.manual_dir), "test")
+    if options.index >= len(test.labels):
+        raise UsageError(
+            f"--index must be less than {len(test.labels)}, the number of test images of "
+            f"{dataset}, but is {options.index}"
+        )
+    folder = make_folder(options.figures or options.workdir / "figures")
+    drawn = show_reading(trained, test, options.index, folder)
+    if options.mistakes:
+        drawn += show_mistakes(trained, test, options.mistakes, folder)
+    print(f"\nfigures in {folder}: {', '.join(drawn)}; each with its data as .csv")
+
+
+def make_folder(folder: Path) -> Path:
+    """Make the figures' folder, if there is none.
+
+    Raises:
+        UsageError: it can't be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--figures {folder} can't be made ({error.strerror})") from error
+    return folder
+
+
+def show_reading(trained: RestoredRun, test: Split, index: int, folder: Path) -> list[str]:
+    """Print and draw how a test image is read; returns the names of the figures."""
+    from experiments.read_digit import figures  # it needs matplotlib
+
+    image, label = test.images[index], int(test.labels[index])
+    title = f"Test image {index} of {trained.config.dataset}, a {label}"
+    probabilities = probabilities_by_row(trained.model, trained.params, image)
+    layers = gates_by_row(trained.model, trained.params, image)
+    settled = settled_row(probabilities, label)
+    print(f"{title}; read by step {trained.step} of {trained.config.workdir}\n")
+    print(report(probabilities, label))
+    figures.draw_reading(image, label, probabilities, settled, title, folder / "read_digit.png")
+    figures.draw_gates(image, layers, settled, title, folder / "gates.png")
+    return ["read_digit.png", "gates.png"]
+
+
+def show_mistakes(trained: RestoredRun, test: Split, at_most: int, folder: Path) -> list[str]:
+    """Print how many test images are read wrongly, draw the worst; returns the figures' names."""
+    from experiments.read_digit import figures  # it needs matplotlib
+
+    mistakes = find_mistakes(classify(trained.model, trained.params, test.images), test.labels)
+    summary = f"{len(mistakes.image):,} of {len(test.labels):,} test images are read wrongly"
+    print(f"\n{summary}")
+    if not mistakes.image.size:
+        return []
+    title = f"{trained.config.dataset}: {summary}; the most confident mistakes"
+    figures.draw_mistakes(test.images, mistakes.first(at_most), title, folder / "mistakes.png")
+    return ["mistakes.png"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

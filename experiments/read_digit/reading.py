@@ -1,0 +1,147 @@
+"""What a trained classifier believes and does while it reads an image, and what it gets wrong."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lstm_flax import training
+from lstm_flax.models import SequenceClassifier
+
+BATCH_SIZE = 500
+"""Images that are classified at a time; no result depends on it."""
+
+
+def probabilities_by_row(model: SequenceClassifier, params: Any, image: np.ndarray) -> np.ndarray:
+    """What a model believes after each row of an image: class probabilities [rows, classes].
+
+    After row t it is asked about a sequence that ends there, so its dense layer is applied to the
+    top layer's output of step t.
+
+    Args:
+        model: the classifier.
+        params: its parameters.
+        image: uint8 [rows, pixels].
+    """
+    rows = len(image)
+    x = jnp.broadcast_to(training.to_floats(jnp.asarray(image)), (rows, *image.shape))
+    logits = model.apply({"params": params}, x, seq_lengths=jnp.arange(1, rows + 1))
+    return np.asarray(jax.nn.softmax(jnp.asarray(logits)))
+
+
+def gates_by_row(
+    model: SequenceClassifier, params: Any, image: np.ndarray
+) -> list[dict[str, np.ndarray]]:
+    """The gates of each layer after each row of an image.
+
+    Args:
+        model: the classifier; its core is an `LSTMStack`.
+        params: its parameters.
+        image: uint8 [rows, pixels].
+
+    Returns:
+        For each layer, from the bottom: input, forget, output, candidate and cell, each float32
+        [rows, hidden_size].
+    """
+    x = training.to_floats(jnp.asarray(image[None]))
+    _, kept = model.apply({"params": params}, x, mutable="gates")
+    gates = kept["gates"]["core"]
+    return [
+        {name: np.asarray(values[0]) for name, values in gates[f"l{layer}"].items()}
+        for layer in range(model.core.num_layers)
+    ]
+
+
+def unit_order(cell: np.ndarray) -> np.ndarray:
+    """Order units by when they are most active, so that a heat map of them shows structure.
+
+    Args:
+        cell: cell states [rows, hidden_size].
+
+    Returns:
+        Indices of the units [hidden_size]: those whose cell state is furthest from zero where it
+        is negative, then the others; in both by the row in which it is so far, earliest first.
+    """
+    peak_row = np.abs(cell).argmax(0)
+    peak = np.take_along_axis(cell, peak_row[None], 0)[0]
+    return np.lexsort((peak_row, peak > 0))
+
+
+def settled_row(probabilities: np.ndarray, label: int) -> int | None:
+    """The row, counted from 1, from which on the answer is right; None if it ends wrong.
+
+    Args:
+        probabilities: [rows, classes], after each row.
+        label: the right answer.
+    """
+    wrong = np.flatnonzero(probabilities.argmax(-1) != label)
+    row = int(wrong[-1]) + 2 if wrong.size else 1
+    return row if row <= len(probabilities) else None
+
+
+def answers(probabilities: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """Yield `(first_row, last_row, answer)` of each stretch of rows with one answer, from row 1."""
+    first = 1
+    for answer, stretch in itertools.groupby(probabilities.argmax(-1).tolist()):
+        last = first + len(list(stretch)) - 1
+        yield first, last, answer
+        first = last + 1
+
+
+def report(probabilities: np.ndarray, label: int) -> str:
+    """How the answer came about, as a table in Markdown and two lines."""
+    lines = ["| after rows | answer | its probability |", "| --- | ---: | --- |"]
+    for first, last, answer in answers(probabilities):
+        stretch = probabilities[first - 1 : last, answer]
+        if first == last:
+            lines.append(f"| {first} | {answer} | {stretch[0]:.1%} |")
+        else:
+            between = f"{stretch.min():.1%} to {stretch.max():.1%}"
+            lines.append(f"| {first} to {last} | {answer} | {between} |")
+    settled, final = settled_row(probabilities, label), probabilities[-1]
+    right = f"from row {settled} on" if settled else "no: the last answer is wrong"
+    likely = [f"{k}: {final[k]:.2%}" for k in np.argsort(-final) if final[k] >= 0.00005]
+    return "\n".join([*lines, "", f"right   {right}", f"final   {', '.join(likely)}"])
+
+
+class Mistakes(NamedTuple):
+    """Images that a model gets wrong, the most confident mistakes first, each [mistakes]."""
+
+    image: np.ndarray  # its index
+    label: np.ndarray
+    answer: np.ndarray  # what the model takes it for
+    probability: np.ndarray  # of that answer, says the model
+    label_probability: np.ndarray  # of the right answer, says the model
+
+    def first(self, count: int) -> "Mistakes":
+        """The first so many of them."""
+        return Mistakes(*(values[:count] for values in self))
+
+
+def classify(model: SequenceClassifier, params: Any, images: np.ndarray) -> np.ndarray:
+    """Class probabilities [n, classes] of whole images, uint8 [n, rows, pixels]."""
+
+    @jax.jit
+    def classify_batch(images):
+        logits = model.apply({"params": params}, training.to_floats(images))
+        return jax.nn.softmax(jnp.asarray(logits))
+
+    starts = range(0, len(images), BATCH_SIZE)
+    return np.concatenate([classify_batch(images[k : k + BATCH_SIZE]) for k in starts])
+
+
+def find_mistakes(probabilities: np.ndarray, labels: np.ndarray) -> Mistakes:
+    """Find the mistakes in class probabilities [n, classes], given the labels [n]."""
+    answer = probabilities.argmax(-1)
+    wrong = np.flatnonzero(answer != labels)
+    wrong = wrong[np.argsort(-probabilities[wrong, answer[wrong]], kind="stable")]
+    return Mistakes(
+        wrong,
+        labels[wrong],
+        answer[wrong],
+        probabilities[wrong, answer[wrong]],
+        probabilities[wrong, labels[wrong]],
+    )

@@ -1,0 +1,88 @@
+"""A trained run, restored from its workdir to be looked at or used; nothing in it is changed."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from experiments import loop, mnist_lstm, run_files
+from experiments.config import Config
+from experiments.console import warn
+from experiments.run_files import RunFilesError
+from lstm_flax import checkpoints, training
+from lstm_flax.models import SequenceClassifier
+from lstm_flax.training import Keys
+
+IMAGE_SHAPE = (28, 28)
+"""Rows and pixels a row of every dataset's images."""
+
+
+class RestoredRun(NamedTuple):
+    """The result of a run: `model.apply({"params": params}, x)` gives its logits."""
+
+    config: Config
+    model: SequenceClassifier
+    params: dict[str, Any]  # float32 arrays
+    step: int  # whose checkpoint it is
+
+
+def restore_run(workdir: Path) -> RestoredRun:
+    """Restore the result of the run in a workdir, the checkpoint that `--eval-only` evaluates.
+
+    It takes no lock, so the run may be training still; the result is then that of its last save.
+    Where the result's checkpoint is damaged the next best one takes its place, and that is said.
+
+    Raises:
+        RunFilesError: there is no run in the workdir, or its config.json can't be read.
+        CheckpointError: it has no checkpoint that can be restored.
+    """
+    config = read_config(workdir)
+    directory = run_files.checkpoints_path(workdir)
+    if not directory.is_dir():
+        raise checkpoints.CheckpointError(f"the run in {workdir} has saved no checkpoint yet")
+    with (
+        jax.set_mesh(training.data_mesh()),
+        checkpoints.open_checkpoints(directory, read_only=True) as manager,
+    ):
+        model, like = fresh_model(config)
+        restored, damages = checkpoints.restore_first(manager, like, result_steps(manager))
+    if damages:
+        warn(f"using step {restored.step} ({'; '.join(map(str, damages))})")
+    return RestoredRun(config, model, restored.tree["state"].params, restored.step)
+
+
+def read_config(workdir: Path) -> Config:
+    """The configuration of the run in a workdir.
+
+    Raises:
+        RunFilesError: there is none, or it can't be read.
+    """
+    stored = run_files.read_config(workdir)
+    if stored is None:
+        raise RunFilesError(
+            f"there is no run in {workdir}; name one with --workdir, or train one: "
+            f"python -m experiments.mnist_lstm --workdir {workdir}"
+        )
+    try:
+        return dataclasses.replace(Config(workdir=workdir), **stored)
+    except TypeError as error:
+        raise RunFilesError(f"{run_files.config_path(workdir)}: {error}") from error
+
+
+def fresh_model(config: Config) -> tuple[SequenceClassifier, dict[str, Any]]:
+    """A run's model, and a tree of the structure, shapes and dtypes of its checkpoints."""
+    model = mnist_lstm.make_model(config)
+    # How many images the schedule spans is no part of the optimiser's state.
+    tx = mnist_lstm.make_optimizer(config, num_images=config.batch_size)
+    sample = loop.reading(config)(jnp.zeros((1, *IMAGE_SHAPE)))
+    state = training.create_train_state(model, tx, sample, Keys.from_seed(config.seed).init)
+    return model, loop.start(state).tree
+
+
+def result_steps(manager: ocp.CheckpointManager) -> list[int]:
+    """The checkpoints' steps: the result's, then the others that may stand in, latest first."""
+    best, others = checkpoints.best_step(manager), sorted(manager.all_steps(), reverse=True)
+    return list(dict.fromkeys(step for step in (best, *others) if step is not None))

@@ -1,0 +1,27 @@
+from small_runs import SMALL, read_eval
+
+from experiments import accuracy
+
+
+def test_seeds_are_runs_of_the_experiment_and_their_mean_is_told(data_dir, tmp_path, capsys):
+    flags = " ".join(["--data-dir", str(data_dir), "--epochs 1", *SMALL])
+    argv = ["--workdir", str(tmp_path), "--recipe", "fast", "--seeds", "3", "8"]
+    assert accuracy.main([*argv, f"--flags={flags}"]) == 0
+    a, b = (read_eval(tmp_path / f"fast-seed{seed}") for seed in (3, 8))
+    assert a["params_sha256"] != b["params_sha256"]
+    table = capsys.readouterr().out.split("\n\n")[-2].splitlines()
+    assert table[2].split("|")[1:4] == [
+        " 3 ",
+        f" {a['correct']} of 1,000 ",
+        f" {a['test_accuracy']:.2%} ",
+    ]
+    half = abs(a["test_accuracy"] - b["test_accuracy"]) / 2
+    mean, spread = (a["test_accuracy"] + b["test_accuracy"]) / 2, half * 2**0.5
+    assert f"| {100 * mean:.3f} ± {100 * spread:.3f} % |" in table[-1]
+    assert (tmp_path / "fast.csv").read_text().count("\n") == 3
+
+
+def test_a_run_that_fails_ends_it_with_its_status(tmp_path, capsys):
+    argv = ["--workdir", str(tmp_path), "--flags=--epochs 0"]
+    assert accuracy.main(argv) == 2
+    assert "error: --epochs must be at least 1" in capsys.readouterr().err

@@ -3,8 +3,8 @@
     python -m experiments.accuracy [--recipe best] [--seeds 0 1 2 3 4] [--flags="--epochs 5"]
 
 Each seed is a run of experiments.mnist_lstm in a workdir of its own; the same command goes on where
-it was cut off, and a run that is finished is only evaluated. Each result, the last step's, is
-evaluated on the test set once.
+it was cut off, and a run that is finished is only evaluated. Each result is the last step's: the
+test set chooses nothing.
 """
 
 import csv

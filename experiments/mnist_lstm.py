@@ -204,9 +204,7 @@ def evaluate_result(run: Run, fresh: Position) -> None:
     """Restore the result, or the step asked for, evaluate it, and say and write what it is."""
     config, manager = run.config, run.manager
     if config.step is None:
-        best = checkpoints.best_step(manager)
-        others = sorted(manager.all_steps(), reverse=True)
-        steps = list(dict.fromkeys(step for step in (best, *others) if step is not None))
+        steps = checkpoints.result_steps(manager)
         restored, damages = checkpoints.restore_first(manager, fresh.tree, steps)
         if damages:
             warn(f"evaluating step {restored.step} ({'; '.join(map(str, damages))})")

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 
 from experiments import loop, mnist_lstm, run_files
 from experiments.config import Config
@@ -48,7 +47,9 @@ def restore_run(workdir: Path) -> RestoredRun:
         checkpoints.open_checkpoints(directory, read_only=True) as manager,
     ):
         model, like = fresh_model(config)
-        restored, damages = checkpoints.restore_first(manager, like, result_steps(manager))
+        restored, damages = checkpoints.restore_first(
+            manager, like, checkpoints.result_steps(manager)
+        )
     if damages:
         warn(f"using step {restored.step} ({'; '.join(map(str, damages))})")
     return RestoredRun(config, model, restored.tree["state"].params, restored.step)
@@ -80,9 +81,3 @@ def fresh_model(config: Config) -> tuple[SequenceClassifier, dict[str, Any]]:
     sample = loop.reading(config)(jnp.zeros((1, *IMAGE_SHAPE)))
     state = training.create_train_state(model, tx, sample, Keys.from_seed(config.seed).init)
     return model, loop.start(state).tree
-
-
-def result_steps(manager: ocp.CheckpointManager) -> list[int]:
-    """The checkpoints' steps: the result's, then the others that may stand in, latest first."""
-    best, others = checkpoints.best_step(manager), sorted(manager.all_steps(), reverse=True)
-    return list(dict.fromkeys(step for step in (best, *others) if step is not None))

@@ -131,6 +131,12 @@ def best_step(manager: ocp.CheckpointManager) -> int | None:
     return _best(manager.directory, manager.all_steps())
 
 
+def result_steps(manager: ocp.CheckpointManager) -> list[int]:
+    """The checkpoints' steps: the result's, then the others that may stand in, latest first."""
+    best, others = best_step(manager), sorted(manager.all_steps(), reverse=True)
+    return list(dict.fromkeys(step for step in (best, *others) if step is not None))
+
+
 def restore(manager: ocp.CheckpointManager, like: Any, step: int) -> Restored:
     """Restore the checkpoint of a step.
 

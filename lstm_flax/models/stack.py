@@ -313,11 +313,15 @@ class LSTMStack(RecurrentStack):
         """Run one layer and direction by its native kernel, as the scan does."""
         if self.time_major:
             x = x.swapaxes(0, 1)
-        batch, time, _ = x.shape
+        batch, time, features = x.shape
+        x, kernel_ih = x.astype(cell.compute_dtype), self._weight(cell, "kernel_ih")
+        if x.dtype == jnp.bfloat16 and features % 2:  # it takes two at a time
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, 1)))
+            kernel_ih = jnp.pad(kernel_ih, ((0, 1), (0, 0)))
         bias = self._weight(cell, "bias") if self.use_bias else jnp.zeros(4 * self.hidden_size)
         outputs, h_n, c_n = native.lstm_layer(
-            x.astype(cell.compute_dtype),
-            self._weight(cell, "kernel_ih"),
+            x,
+            kernel_ih,
             self._weight(cell, "kernel_hh"),
             bias.astype(jnp.float32),
             *carry,

@@ -132,7 +132,7 @@ def lstm_layer(
 
     Args:
         x: float32 or bfloat16 [batch, time, features], zero in the padding; its dtype is that of
-            the products. In bfloat16 there must be an even number of hidden units.
+            the products. In bfloat16 there must be an even number of features, and of hidden units.
         kernel_ih: float32 [features, 4 * hidden_size].
         kernel_hh: float32 [hidden_size, 4 * hidden_size].
         bias: float32 [4 * hidden_size].
@@ -153,9 +153,7 @@ def lstm_layer(
 
 def _forward(x, kernel_ih, kernel_hh, bias, h_0, c_0, lengths, *, reverse: bool, keep: bool):
     """The layer, and what the backward pass needs if that is to be kept: gates and cell states."""
-    (batch, time, features), hidden = x.shape, len(kernel_hh)
-    if x.dtype == jnp.bfloat16 and features % 2:  # which it takes two at a time
-        x, kernel_ih = jnp.pad(x, ((0, 0), (0, 0), (0, 1))), jnp.pad(kernel_ih, ((0, 1), (0, 0)))
+    (batch, time, _), hidden = x.shape, len(kernel_hh)
     kept = [(batch, time, 4 * hidden), (batch, time, hidden)] if keep else [(0,), (0,)]
     results = [
         jax.ShapeDtypeStruct((batch, time, hidden), x.dtype),
@@ -178,28 +176,25 @@ def _forward_to_differentiate(x, kernel_ih, kernel_hh, bias, h_0, c_0, lengths, 
 
 def _backward(reverse, kept, cotangents):
     x, kernel_ih, kernel_hh, h_0, c_0, lengths, outputs, gates, cells = kept
-    features, is_float32 = x.shape[2], x.dtype == jnp.float32
-    if x.dtype == jnp.bfloat16 and features % 2:
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, 1)))
-    weights = [(x.shape[2], gates.shape[2]), kernel_hh.shape, gates.shape[2:]]
+    weights = [kernel_ih.shape, kernel_hh.shape, gates.shape[2:]]
     results = [
         jax.ShapeDtypeStruct(gates.shape, x.dtype),
         *[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (*weights, c_0.shape)],
     ]
     gates_at = 6  # among the operands; their gradients take their place
-    aliases = {"input_output_aliases": {gates_at: 0}} if is_float32 else {}
+    aliases = {"input_output_aliases": {gates_at: 0}} if x.dtype == gates.dtype else {}
     d_gates, d_ih, d_hh, d_bias, d_c_0 = _call(BACKWARD, x.dtype, results, **aliases)(
         x, kernel_hh, h_0, c_0, lengths, outputs, gates, cells, *cotangents, reverse=reverse
     )
 
     # XLA leaves out what nobody asks for, often both of these.
-    like_x = jax.ShapeDtypeStruct((*x.shape[:2], features), x.dtype)
+    like_x = jax.ShapeDtypeStruct(x.shape, x.dtype)
     d_x = _call(INPUT_GRADIENT, x.dtype, like_x)(d_gates, kernel_ih)
     first = jnp.maximum(lengths - 1, 0) if reverse else jnp.zeros_like(lengths)
     at_first = jnp.take_along_axis(d_gates, first[:, None, None], axis=1)[:, 0]
     kernel = kernel_hh.astype(x.dtype).astype(jnp.float32)
     d_h_0 = jnp.dot(at_first.astype(jnp.float32), kernel.T, precision=jax.lax.Precision.HIGHEST)
-    return d_x, d_ih[:features], d_hh, d_bias, d_h_0.astype(x.dtype), d_c_0, None
+    return d_x, d_ih, d_hh, d_bias, d_h_0.astype(x.dtype), d_c_0, None
 
 
 lstm_layer.defvjp(_forward_to_differentiate, _backward)

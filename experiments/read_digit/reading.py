@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,10 +27,15 @@ def probabilities_by_row(model: SequenceClassifier, params: Any, image: np.ndarr
         params: its parameters.
         image: uint8 [rows, pixels].
     """
+    return np.asarray(_probabilities_by_row(model, params, image))
+
+
+@partial(jax.jit, static_argnums=0)
+def _probabilities_by_row(model: SequenceClassifier, params: Any, image: jax.Array) -> jax.Array:
     rows = len(image)
-    x = jnp.broadcast_to(training.to_floats(jnp.asarray(image)), (rows, *image.shape))
+    x = jnp.broadcast_to(training.to_floats(image), (rows, *image.shape))
     logits = model.apply({"params": params}, x, seq_lengths=jnp.arange(1, rows + 1))
-    return np.asarray(jax.nn.softmax(jnp.asarray(logits)))
+    return jax.nn.softmax(jnp.asarray(logits))
 
 
 def gates_by_row(
@@ -46,13 +52,17 @@ def gates_by_row(
         For each layer, from the bottom: input, forget, output, candidate and cell, each float32
         [rows, hidden_size].
     """
-    x = training.to_floats(jnp.asarray(image[None]))
+    gates = jax.device_get(_gates_by_row(model, params, image))
+    return [gates[f"l{layer}"] for layer in range(model.core.num_layers)]
+
+
+@partial(jax.jit, static_argnums=0)
+def _gates_by_row(
+    model: SequenceClassifier, params: Any, image: jax.Array
+) -> dict[str, dict[str, jax.Array]]:
+    x = training.to_floats(image[None])
     _, kept = model.apply({"params": params}, x, mutable="gates")
-    gates = kept["gates"]["core"]
-    return [
-        {name: np.asarray(values[0]) for name, values in gates[f"l{layer}"].items()}
-        for layer in range(model.core.num_layers)
-    ]
+    return jax.tree.map(lambda values: values[0], kept["gates"]["core"])
 
 
 def unit_order(cell: np.ndarray) -> np.ndarray:

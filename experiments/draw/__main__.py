@@ -1,0 +1,121 @@
+"""Draw a digit in the browser and watch a trained run read it, row by row, while you draw.
+
+    python -m experiments.draw --workdir runs/mnist_lstm [--port 8080]
+
+Opens a page on this machine: what the model sees, the probabilities after each of the 28 rows, and
+the gates and the cell state of every unit. Nothing that is drawn leaves the machine.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import absl.logging
+import tyro
+
+from experiments.restored import RestoredRun, read_config, restore_run
+from experiments.run_files import RunFilesError
+from lstm_flax.checkpoints import CheckpointError
+
+
+class UsageError(Exception):
+    """A flag's value can't be used; the message names the flag."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags, with their defaults."""
+
+    workdir: Path = Path("runs/mnist_lstm")
+    """Where the trained run lives."""
+    host: str = "127.0.0.1"
+    """Address to serve; this one can be reached from this machine alone, 0.0.0.0 from all."""
+    port: int = 8080
+    """Port to serve; 0: any that is free."""
+    browser: bool = True
+    """Open the page in a browser."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve the page from a command line, until Ctrl-C; returns the exit status."""
+    options = tyro.cli(Options, prog="python -m experiments.draw", description=__doc__, args=argv)
+    absl.logging.set_verbosity(absl.logging.FATAL)  # what Orbax logs as errors, it also raises
+    try:
+        check_packages()
+        port = find_port(options)
+        sequence = read_config(options.workdir).sequence
+        if sequence != "rows":
+            raise UsageError(f"the run in {options.workdir} reads {sequence}, not rows")
+        trained = restore_run(options.workdir)
+    except (UsageError, RunFilesError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    serve(trained, options.host, port, options.browser)
+    return 0
+
+
+def check_packages() -> None:
+    """Say what to install where a package that only this experiment needs is missing.
+
+    Raises:
+        UsageError: one is.
+    """
+    if any(importlib.util.find_spec(name) is None for name in ("nicegui", "matplotlib")):
+        raise UsageError('this needs a few more packages: pip install -e ".[draw]"')
+
+
+def find_port(options: Options) -> int:
+    """Return the port to serve.
+
+    Raises:
+        UsageError: it is in use or can't be had, or the host is none of this machine's.
+    """
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((options.host, options.port))
+            return probe.getsockname()[1]
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"--host {options.host} --port {options.port} can't be served ({reason}); "
+            f"--port 0 takes any that is free"
+        ) from error
+
+
+def serve(trained: RestoredRun, host: str, port: int, open_browser: bool) -> None:
+    """Serve the page until a signal ends it."""
+    from nicegui import app, ui  # an extra
+
+    from experiments.draw.page import Page, watch
+
+    watch(trained, None)  # compiled now, so that the first stroke need not wait for it
+    address = f"http://{host}:{port}"
+    app.on_startup(
+        lambda: print(
+            f"step {trained.step} of {trained.config.workdir} reads what you draw at {address}  "
+            f"(Ctrl-C ends this)",
+            flush=True,
+        )
+    )
+    with contextlib.suppress(KeyboardInterrupt):  # that is how it is meant to end
+        ui.run(
+            lambda: Page(trained).build(),
+            host=host,
+            port=port,
+            title="Draw a digit",
+            language="en-US",
+            dark=None,  # as the reader's system is
+            show=open_browser,
+            reload=False,
+            tailwind=False,
+            show_welcome_message=False,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,267 @@
+"""The page: paper to draw on, and what the model makes of it."""
+
+import base64
+import io
+from typing import NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+from nicegui import events, run, ui
+from PIL import Image
+
+from experiments import plots
+from experiments.digit_image import SIZE, as_mnist
+from experiments.draw.drawing import SIDE, Drawing
+from experiments.read_digit.figures import CELL_LIMIT, SHOWN
+from experiments.read_digit.reading import answers, gates_by_row, probabilities_by_row, unit_order
+from experiments.restored import RestoredRun
+
+NOTHING = "nothing yet"
+"""What stands for an answer while the paper is blank."""
+
+READ_EVERY = 0.05
+"""Seconds between looks at whether there is something new to read."""
+
+KEY_STEP = 10.0
+"""How far an arrow key moves the pen, of the paper's `SIDE`."""
+
+ARROWS = {"ArrowLeft": (-1, 0), "ArrowRight": (1, 0), "ArrowUp": (0, -1), "ArrowDown": (0, 1)}
+
+SEND_ARROWS = """(event) => {
+    if (!event.key.startsWith("Arrow")) return;
+    event.preventDefault();
+    emit({key: event.key, shift: event.shiftKey});
+}"""
+"""In the browser: an arrow moves the pen and not the page; all other keys do what they do."""
+
+STYLE = f"""
+.nicegui-content {{ max-width: 64rem; margin: auto; }}
+h1 {{ font-size: 1.6rem; line-height: 1.2; margin: 0; }}
+h2 {{ font-size: 1.1rem; line-height: 1.2; margin: 0; }}
+p {{ margin: 0; max-width: 40rem; }}
+.panels {{ display: flex; flex-wrap: wrap; gap: 1.5rem; }}
+.panel {{ display: flex; flex-direction: column; gap: .4rem; width: {SIDE}px; }}
+.square {{ width: {SIDE}px; height: {SIDE}px; }}
+.square, .gate {{ background: white; outline: 2px solid #767676; }}
+.paper {{ touch-action: none; cursor: crosshair; }}
+.paper:focus-visible {{ outline: 3px solid #0072b2; }}
+.pixels img {{ image-rendering: pixelated; }}
+.gates {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1rem; }}
+.gate {{ height: 6rem; aspect-ratio: auto !important; }}
+.layer {{ width: 100%; }}
+.classes {{ display: grid; grid-template-columns: repeat(10, 1fr); text-align: center; }}
+.answer {{ font-size: 2rem; line-height: 1.2; min-height: 2.4rem; }}
+"""
+
+
+class Watched(NamedTuple):
+    """What a model sees, believes and does while it reads a drawing."""
+
+    image: np.ndarray  # uint8 [28, 28]
+    probabilities: np.ndarray  # float32 [28, classes], after each row
+    layers: list[dict[str, np.ndarray]]  # of each layer, the gates by name, [28, hidden_size]
+
+
+def watch(trained: RestoredRun, ink: np.ndarray | None) -> Watched:
+    """Let a model read ink [height, width]; None is blank paper."""
+    image = as_mnist(np.zeros((SIZE, SIZE)) if ink is None else ink)
+    return Watched(
+        image,
+        probabilities_by_row(trained.model, trained.params, image),
+        gates_by_row(trained.model, trained.params, image),
+    )
+
+
+class Page:
+    """What one person sees; each tab of a browser has a page of its own."""
+
+    def __init__(self, trained: RestoredRun):
+        self.trained = trained
+        self.drawing = Drawing()
+        self.pen = (SIDE / 2, SIDE / 2)  # where the arrow keys have moved it
+        self.is_read = True
+
+    def build(self) -> None:
+        """Lay the page out."""
+        ui.add_css(STYLE)
+        ui.html("<h1>Draw a digit</h1>", sanitize=False)
+        ui.label(
+            "A trained LSTM reads it row by row, from the top, while you draw. It sees the drawing "
+            "as MNIST's digits were prepared: scaled to 20 x 20 pixels, its centre of mass in the "
+            "middle of 28 x 28. Beside each row is how likely each class was once it had read that "
+            "row. Nothing that you draw leaves this machine."
+        )
+        with ui.element("main").classes("panels"):
+            self._build_paper()
+            self._build_answer()
+            self._build_belief()
+        ui.html("<h2>What its units do, row by row</h2>", sanitize=False)
+        ui.label(
+            "Time goes from left to right, a row of the image at a step; every line is a unit, in "
+            "the order in which their cell states are largest. Blue: shut, or negative; yellow: "
+            "open, or positive."
+        )
+        self.gates = [self._build_gates(k) for k in range(self.trained.model.core.num_layers)]
+        ui.timer(READ_EVERY, self.read)
+
+    def _build_paper(self) -> None:
+        with ui.element("section").classes("panel").props('aria-label="Your drawing"'):
+            ui.html("<h2>Your drawing</h2>", sanitize=False)
+            self.paper = (
+                ui.interactive_image(
+                    size=(SIDE, SIDE),
+                    on_mouse=self.on_pointer,
+                    events=["pointerdown", "pointermove", "pointerup", "pointerleave"],
+                    sanitize=False,  # it is all ours: numbers in polylines
+                )
+                .classes("square paper")
+                .props('tabindex=0 role=application aria-label="Paper"')
+                .props('aria-describedby="how-to-draw"')
+                .on("keydown", self.on_key, js_handler=SEND_ARROWS)
+            )
+            with ui.element("div").props("id=how-to-draw"):
+                ui.label("Mouse, finger or pen. With the keyboard, arrows move, Shift draws.")
+            with ui.row():
+                ui.button("Clear", on_click=self.on_clear)
+                ui.button("Undo", on_click=self.on_undo).props("outline")
+
+    def _build_answer(self) -> None:
+        with ui.element("section").classes("panel").props('aria-label="What the model sees"'):
+            ui.html("<h2>What the model sees</h2>", sanitize=False)
+            self.seen = picture("square", "the drawing, as the model sees it")
+            with ui.element("div").props("role=status aria-live=polite"):
+                self.answer = ui.label(NOTHING).classes("answer")
+                self.runner_up = ui.label()
+
+    def _build_belief(self) -> None:
+        with ui.element("section").classes("panel").props('aria-label="Belief after each row"'):
+            ui.html("<h2>What it believes after each row</h2>", sanitize=False)
+            self.belief = picture("square", NOTHING)
+            with ui.element("div").classes("classes").props("aria-hidden=true"):
+                for label in range(10):
+                    ui.label(str(label))
+            self.stretches = ui.label()
+
+    def _build_gates(self, layer: int) -> dict[str, ui.interactive_image]:
+        name = f"Layer {layer + 1}"
+        with ui.element("section").classes("layer").props(f'aria-label="{name}"'):
+            ui.html(f"<h2>{name}</h2>", sanitize=False)
+            pictures = {}
+            with ui.element("div").classes("gates"):
+                for quantity, text in SHOWN.items():
+                    with ui.element("div"):
+                        ui.label(text)
+                        pictures[quantity] = picture("gate", f"{text} of {name}, by row and unit")
+        return pictures
+
+    def on_pointer(self, event: events.MouseEventArguments) -> None:
+        """Draw while the pen, a finger or the mouse's first button is down."""
+        is_down = event.buttons & 1 and event.type in ("pointerdown", "pointermove")
+        if is_down:
+            self.draw_to(event.image_x, event.image_y)
+        else:
+            self.drawing.lift()
+
+    def on_key(self, event: events.GenericEventArguments) -> None:
+        """Move the pen, and draw with Shift."""
+        right, down = ARROWS[event.args["key"]]
+        if not event.args["shift"]:
+            self.drawing.lift()
+        elif not self.drawing.is_down:
+            self.drawing.draw_to(self.pen)
+        x, y = self.pen[0] + KEY_STEP * right, self.pen[1] + KEY_STEP * down
+        self.pen = (min(max(x, 0.0), SIDE), min(max(y, 0.0), SIDE))
+        if event.args["shift"]:
+            self.draw_to(*self.pen)
+        self.show_drawing(with_pen=True)
+
+    def draw_to(self, x: float, y: float) -> None:
+        """Go on to a point."""
+        self.drawing.draw_to((x, y))
+        self.pen = (x, y)
+        self.show_drawing()
+        self.is_read = False
+
+    def on_clear(self) -> None:
+        """Start again."""
+        self.drawing.clear()
+        self.show_drawing()
+        self.is_read = False
+
+    def on_undo(self) -> None:
+        """Take back a stroke."""
+        self.drawing.undo()
+        self.show_drawing()
+        self.is_read = False
+
+    def show_drawing(self, with_pen: bool = False) -> None:
+        """Show the strokes, and where the pen is, as a ring, if nothing else shows that."""
+        x, y = self.pen
+        ring = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="white" stroke="#0072b2"/>'
+        self.paper.set_content(self.drawing.svg() + (ring if with_pen else ""))
+
+    async def read(self) -> None:
+        """Let the model read what was drawn since the last time, if anything was."""
+        if self.is_read:
+            return
+        self.is_read = True
+        if not self.drawing.strokes:
+            self.show_nothing()
+            return
+        # In a thread, so that the page takes more strokes meanwhile.
+        watched = await run.io_bound(watch, self.trained, self.drawing.ink())
+        if watched is not None:  # it is None where the server is about to end
+            self.show(watched)
+
+    def show_nothing(self) -> None:
+        """Show that there is no drawing."""
+        for shown in (self.seen, self.belief, *(p for gates in self.gates for p in gates.values())):
+            shown.set_source("")
+        self.answer.set_text(NOTHING)
+        self.runner_up.set_text("")
+        self.tell_stretches("")
+
+    def show(self, watched: Watched) -> None:
+        """Show what the model sees, believes and does."""
+        probabilities = watched.probabilities
+        runner_up, answer = np.argsort(probabilities[-1])[-2:]
+        self.answer.set_text(f"{answer}, {probabilities[-1, answer]:.1%} sure")
+        self.runner_up.set_text(f"or {runner_up}, {probabilities[-1, runner_up]:.1%}")
+        self.tell_stretches(
+            "Likeliest after "
+            + "; ".join(
+                f"{f'row {first}' if first == last else f'rows {first} to {last}'}: {label}"
+                for first, last, label in answers(probabilities)
+            )
+        )
+        self.seen.set_source(data_url(Image.fromarray(255 - watched.image)))
+        self.belief.set_source(heat_map(probabilities, 0, 1))
+        for pictures, gates in zip(self.gates, watched.layers, strict=True):
+            order = unit_order(gates["cell"])
+            for quantity, shown in pictures.items():
+                low, high = (-CELL_LIMIT, CELL_LIMIT) if quantity == "cell" else (0, 1)
+                shown.set_source(heat_map(gates[quantity][:, order].T, low, high))
+
+    def tell_stretches(self, text: str) -> None:
+        """Say in words which answer was the likeliest after which rows."""
+        self.stretches.set_text(text)
+        self.belief.props(f'aria-label="{text or NOTHING}"')
+
+
+def picture(shape: str, description: str) -> ui.interactive_image:
+    """A place for a small picture, whose pixels are shown as squares."""
+    element = ui.interactive_image(size=(SIDE, SIDE)).classes(f"{shape} pixels")
+    return element.props(f'role=img aria-label="{description}"')
+
+
+def heat_map(values: np.ndarray, low: float, high: float) -> str:
+    """Values [height, width] from `low` to `high` as the URL of a picture, a pixel each."""
+    colours = mpl.colormaps[plots.HEAT]((values - low) / (high - low), bytes=True)
+    return data_url(Image.fromarray(colours))
+
+
+def data_url(image: Image.Image) -> str:
+    """A picture as a URL that holds all of it."""
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -10,6 +10,8 @@ import jax
 from scipy.stats import binomtest
 from tqdm import tqdm
 
+from experiments.stopping import Stopped
+
 
 def warn(message: str) -> None:
     """Say what the run could deal with and a person should know."""
@@ -19,14 +21,17 @@ def warn(message: str) -> None:
 
 @contextlib.contextmanager
 def without_echoes() -> Iterator[None]:
-    """Leave out the tracebacks that Orbax's other writes print after one of them failed.
+    """Leave out tracebacks of what is known already.
 
-    Orbax raises that failure itself, and closes the event loop that the others report to.
+    Those that Orbax's other writes print after one of them failed: Orbax raises that failure
+    itself, and closes the event loop that the others report to. And that of a request to stop which
+    fell into a destructor: training sees it all the same.
     """
     shown = sys.unraisablehook
 
     def show(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":
+        error = unraisable.exc_value
+        if str(error) != "Event loop is closed" and not isinstance(error, Stopped):
             shown(unraisable)
 
     sys.unraisablehook = show

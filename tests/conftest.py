@@ -1,5 +1,18 @@
+import atexit
 import os
+import tempfile
 from pathlib import Path
+
+# Every program is compiled once, however many of the tests' processes run it. Those of xdist and
+# those that tests start inherit this; it must be there before JAX is imported.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="compiled_")
+    atexit.register(compiled.cleanup)
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": compiled.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 import jax
 import pytest

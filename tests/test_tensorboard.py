@@ -1,17 +1,22 @@
-"""What TensorBoard shows of a run, read back with TensorBoard's own reader."""
+"""What a run leaves behind for those who watch it: curves, read back with TensorBoard's own reader,
+and what it was trained with."""
 
 import json
 import shutil
 import sys
 
+import jax
 import pytest
-from small_runs import SMALL, read_eval, read_lines
+from small_runs import SMALL, read_eval
+from small_runs import read_lines as read_metrics
 
 from experiments import mnist_lstm
 from experiments.board import RUNNING, TAGS, Board, cut_after, event_files
-from experiments.run_files import RunFilesError
+from experiments.run_files import RunFilesError, environment_path, read_lines
 
-FLAGS = ["--epochs", "2", "--validation-size", "400", "--tensorboard"]  # 12 steps an epoch
+FLAGS = [
+    "--epochs", "2", "--validation-size", "400", "--no-augment", "--tensorboard",
+]  # fmt: skip  # 12 steps an epoch
 
 
 def curves(workdir):
@@ -26,7 +31,7 @@ def curves(workdir):
 
 def assert_shows(workdir):
     """The curves are those of metrics.jsonl, each point once and in order."""
-    found, lines = curves(workdir), read_lines(workdir)
+    found, lines = curves(workdir), read_metrics(workdir)
     assert found.keys() == {RUNNING, *TAGS.values()}
     for name, tag in TAGS.items():
         expected = [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines]
@@ -56,6 +61,8 @@ def cut_off(uninterrupted, tmp_path):
         shutil.rmtree(workdir / "checkpoints" / str(step))
     (file,) = event_files(workdir / "tensorboard")
     file.write_bytes(file.read_bytes()[:-7])  # killed while it wrote
+    with (workdir / "environment.jsonl").open("a") as environment:
+        environment.write('{"step": 9, "ti')
     return workdir
 
 
@@ -73,6 +80,10 @@ def test_a_run_that_goes_on_from_an_earlier_step_has_clean_curves(run, uninterru
     assert "resuming from step 18" in output
     assert read_eval(cut_off) == read_eval(uninterrupted)
     assert len(event_files(cut_off / "tensorboard")) == 2
+    starts = read_lines(environment_path(cut_off))
+    assert [start["step"] for start in starts] == [0, 18]
+    assert starts[1]["versions"]["jax"] == jax.__version__
+    assert starts[1]["devices"] == f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     running, expected = assert_shows(cut_off), assert_shows(uninterrupted)
     assert {3, 12, 18, 20} <= running.keys()
     assert 21 not in running  # this time no call ended there
@@ -81,7 +92,7 @@ def test_a_run_that_goes_on_from_an_earlier_step_has_clean_curves(run, uninterru
 
 def test_the_epochs_that_the_files_lack_are_added(uninterrupted, tmp_path):
     """As where the flag is given late, or where a kill took what was not yet on disk."""
-    lines, folder = read_lines(uninterrupted), tmp_path / "tensorboard"
+    lines, folder = read_metrics(uninterrupted), tmp_path / "tensorboard"
     with Board(folder, 12, lines[:1]):
         pass
     for _ in range(2):  # and only once
@@ -120,3 +131,12 @@ def test_a_folder_that_can_not_be_written_is_said(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunFilesError, match=r"/file can't be written \(File exists\)"):
         Board(tmp_path / "file", 0, [])
+
+
+def test_a_run_trains_on_where_its_start_can_not_be_kept(tmp_path, capsys):
+    environment_path(tmp_path).mkdir()
+    mnist_lstm.record_start(tmp_path, 0)
+    error = capsys.readouterr().err
+    assert error.startswith("warning: ")
+    assert "environment.jsonl can't be written" in error
+    assert error.count("\n") == 1

@@ -55,8 +55,9 @@ class Board:
             kept = [event for path in event_files(folder) for event in cut_after(path, step)]
             self._writer = SummaryWriter(
                 str(folder),
-                # A TensorBoard that is open has read what was cut out: this makes it forget that.
-                purge_step=step + 1 if step else None,
+                # A TensorBoard that is open has read what was cut out: this makes it forget that,
+                # if it has seen the mark of an earlier start, so that the first needs one too.
+                purge_step=step + 1,
                 max_queue=0,  # unbounded: training never waits for the disk
                 flush_secs=FLUSH_SECONDS,
                 # Two starts in one second are two files, and sort as they came.

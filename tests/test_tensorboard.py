@@ -103,6 +103,18 @@ def test_the_epochs_that_the_files_lack_are_added(uninterrupted, tmp_path):
     assert RUNNING not in found
 
 
+def test_a_reader_that_is_open_forgets_what_is_taken_back(tmp_path):
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(tmp_path))
+    for start, steps in ((0, (1, 4, 7)), (4, (6, 8))):
+        with Board(tmp_path, start, []) as board:
+            for step in steps:
+                board.advance(step, 1.0)
+        reader.Reload()
+    assert [point.step for point in reader.Tensors(RUNNING)] == [1, 4, 6, 8]
+
+
 def test_what_is_broken_in_an_event_file_is_cut_off(uninterrupted, tmp_path):
     (original,) = event_files(uninterrupted / "tensorboard")
     whole, path = original.read_bytes(), tmp_path / "events.out.tfevents.1"

@@ -145,6 +145,7 @@ def test_runs_are_reported_as_far_as_they_go(runs, data_dir, tmp_path, capsys):
     (young / "config.json").write_text(json.dumps(config | {"sequence": "pixels"}))
     shutil.copytree(runs[0], broken, ignore=shutil.ignore_patterns("checkpoints"))
     metrics = (broken / "metrics.jsonl").read_text()
+    metrics = metrics.replace("device", "machine")
     (broken / "metrics.jsonl").write_text(f'{{"epoch": 1,\n[]\n{{"epoch": 1}}\n{metrics[-400:]}')
     (broken / "environment.jsonl").write_bytes(b"\xff\n{}")
     (broken / "eval.json").write_text('{"step": 28')

@@ -66,7 +66,8 @@ def render(runs: Sequence[Gathered]) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"duration": duration, "grouped": "{:,.0f}".format}
-    template = environment.from_string(files(__package__).joinpath("page.html").read_text())
+    page = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    template = environment.from_string(page)
     records = [run.records for run in runs]
     differing, common = differing_flags(runs)
     return template.render(

@@ -1,6 +1,7 @@
 """What the MNIST experiment is asked to do: its flags, their defaults and their bounds."""
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,6 +62,8 @@ class Config:
     """Of the matrix products; parameters, cell states and sums stay float32."""
     checkpoint_every: str = "60s"
     """Save within an epoch too: every 500 (steps) or 60s (seconds); 0: at its end alone."""
+    tensorboard: bool = False
+    """Write the curves for TensorBoard too, to the folder tensorboard in the workdir."""
     shard_optimizer: bool = False
     """Let each device keep a share of AdamW's moments, in place of all of them."""
     distributed: bool = False
@@ -100,8 +103,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 # What says where a run is, how it is kept and on what machines; it does not change what it learns.
 _NOT_OF_THE_RUN = (
-    "workdir", "data_dir", "manual_dir", "checkpoint_every", "shard_optimizer", "distributed",
-    "coordinator", "num_processes", "process_id", "eval_only", "step",
+    "workdir", "data_dir", "manual_dir", "checkpoint_every", "tensorboard", "shard_optimizer",
+    "distributed", "coordinator", "num_processes", "process_id", "eval_only", "step",
 )  # fmt: skip
 
 
@@ -121,6 +124,8 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     recipe = Config(recipe=config.recipe, **RECIPES[config.recipe])
     config = tyro.cli(Config, prog=prog, args=argv, default=recipe)
     _check_bounds(config)
+    if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        raise ConfigError('--tensorboard needs tensorboardX: pip install -e ".[tensorboard]"')
     stored = run_files.read_config(config.workdir)
     if stored is None:
         if config.eval_only:

@@ -84,9 +84,15 @@ class Progress:
         self._bar.write("  ".join(parts))
 
 
-def accuracy_line(correct: int, total: int) -> str:
-    """State an accuracy with its 95% interval (Wilson)."""
+def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
+    """An accuracy's 95% interval (Wilson), as fractions."""
     low, high = binomtest(correct, total).proportion_ci(0.95, method="wilson")
+    return low, high
+
+
+def accuracy_line(correct: int, total: int) -> str:
+    """State an accuracy with its 95% interval."""
+    low, high = accuracy_interval(correct, total)
     return (
         f"{correct / total:.2%} (95% interval {low:.2%} to {high:.2%}), "
         f"{correct:,} of {total:,} correct"

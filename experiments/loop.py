@@ -17,7 +17,8 @@ import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
 from jax.experimental import multihost_utils
 
-from experiments import run_files
+from experiments import environment, run_files
+from experiments.board import Board
 from experiments.config import Config, differences, of_the_run
 from experiments.console import Progress, warn
 from experiments.stopping import Stopped, StopRequests
@@ -158,17 +159,29 @@ def train(run: Run, position: Position, stop: StopRequests) -> None:
 
     seen = len(position.records) * images + int(position.metrics.count)
     pace = Pace(*config.save_interval, stop)
-    with Progress(config.epochs * images, seen) as progress, stop.deferred():
+    with (
+        Progress(config.epochs * images, seen) as progress,
+        open_board(config, position) as board,
+        stop.deferred(),
+    ):
         while len(position.records) < config.epochs and not pace.stop_signal:
-            position = train_epoch(run, position, take_steps, pace, progress)
+            position = train_epoch(run, position, take_steps, pace, progress, board)
             if int(position.metrics.count) == images:
                 position = end_epoch(run, position)
                 run_files.append_metrics(config.workdir, position.records[-1])
                 progress.epoch(position.records[-1], config.epochs)
+                board.epoch(position.records[-1])
             save(run, position)
         checkpoints.wait(run.manager)
     if pace.stop_signal and len(position.records) < config.epochs:
         raise Stopped(pace.stop_signal)
+
+
+def open_board(config: Config, position: Position) -> Board:
+    """TensorBoard's curves up to a position, to be gone on with; nothing where nobody asked."""
+    is_wanted = config.tensorboard and run_files.is_writer()
+    folder = run_files.tensorboard_path(config.workdir) if is_wanted else None
+    return Board(folder, position.step, position.records)
 
 
 def compile_train_steps(run: Run, position: Position):
@@ -209,7 +222,7 @@ def evaluate(run: Run, state: TrainState, split: str) -> Metrics:
 
 
 def train_epoch(
-    run: Run, position: Position, take_steps, pace: Pace, progress: Progress
+    run: Run, position: Position, take_steps, pace: Pace, progress: Progress, board: Board
 ) -> Position:
     """Train to the end of the epoch, or until the pace says to stop.
 
@@ -238,6 +251,7 @@ def train_epoch(
                 f"the last checkpoint is from before"
             )
         progress.advance(int(metrics.count) - seen, loss)
+        board.advance(position.step, loss)
         pace.after_call(position.step, position.step - step, now - called)
         if pace.stop_signal:
             break
@@ -257,7 +271,7 @@ def end_epoch(run: Run, position: Position) -> Position:
         "images_per_second": int(position.metrics.count) / position.training_seconds,
         "seconds": position.seconds + time.perf_counter() - started,
         "dataset": run.config.dataset,
-        "device": device_name(),
+        "device": environment.device_name(),
     }
     return Position(position.state, training.replicate(Metrics.zero()), [*position.records, record])
 
@@ -269,8 +283,3 @@ def figures(split: str, metrics: Metrics) -> dict[str, float]:
         # Of the counts themselves, since float32 has no 0.9921.
         f"{split}_accuracy": int(metrics.correct) / int(metrics.count),
     }
-
-
-def device_name() -> str:
-    """Kind and number of the devices."""
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from flax.training.train_state import TrainState
 
-from experiments import loop, run_files
+from experiments import environment, loop, run_files
 from experiments.config import Config, ConfigError, of_the_run, parse
 from experiments.console import print_summary, warn, without_echoes
 from experiments.loop import Position, Run, TrainingError
@@ -183,7 +183,7 @@ def describe(run: Run, position: Position) -> None:
         f"model   {config.num_layers} layers x {config.hidden_size}, "
         f"{parameters:,} parameters, {config.precision} products"
     )
-    print(f"device  {loop.device_name()}")
+    print(f"device  {environment.device_name()}")
 
 
 def train(run: Run, fresh: Position, stop: StopRequests) -> None:
@@ -197,7 +197,16 @@ def train(run: Run, fresh: Position, stop: StopRequests) -> None:
         return
     if position.step:
         print(f"run     resuming from step {position.step}, in epoch {len(position.records) + 1}")
+    record_start(config.workdir, position.step)
     loop.train(run, position, stop)
+
+
+def record_start(workdir: Path, step: int) -> None:
+    """Keep with what and on what the run is trained from a step on; it trains without, too."""
+    try:
+        run_files.append_environment(workdir, environment.of_start(step))
+    except RunFilesError as error:
+        warn(str(error))
 
 
 def evaluate_result(run: Run, fresh: Position) -> None:

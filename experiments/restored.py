@@ -73,6 +73,14 @@ def read_config(workdir: Path) -> Config:
         raise RunFilesError(f"{run_files.config_path(workdir)}: {error}") from error
 
 
+def count_parameters(config: Config) -> int:
+    """How many parameters a run's model has; none is made."""
+    images = jax.ShapeDtypeStruct((1, *IMAGE_SHAPE), jnp.float32)
+    sample = jax.eval_shape(loop.reading(config), images)
+    variables = jax.eval_shape(mnist_lstm.make_model(config).init, jax.random.key(0), sample)
+    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+
+
 def fresh_model(config: Config) -> tuple[SequenceClassifier, dict[str, Any]]:
     """A run's model, and a tree of the structure, shapes and dtypes of its checkpoints."""
     model = mnist_lstm.make_model(config)

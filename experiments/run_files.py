@@ -35,6 +35,16 @@ def eval_path(workdir: Path) -> Path:
     return workdir / "eval.json"
 
 
+def environment_path(workdir: Path) -> Path:
+    """A line each time that training started."""
+    return workdir / "environment.jsonl"
+
+
+def tensorboard_path(workdir: Path) -> Path:
+    """The folder of TensorBoard's event files."""
+    return workdir / "tensorboard"
+
+
 def checkpoints_path(workdir: Path) -> Path:
     """Orbax's folder."""
     return workdir / "checkpoints"
@@ -64,15 +74,39 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 def write_metrics(workdir: Path, records: list[dict[str, Any]]) -> None:
     """Bring the metrics to where a run resumes, whatever the file held."""
-    _replace(metrics_path(workdir), "".join(json.dumps(record) + "\n" for record in records))
+    _write_lines(metrics_path(workdir), records)
 
 
 def append_metrics(workdir: Path, record: dict[str, Any]) -> None:
     """Add an epoch's metrics."""
     path = metrics_path(workdir)
     if is_writer():
-        with _writing(path), path.open("a") as file:
+        with writing(path), path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def append_environment(workdir: Path, start: dict[str, Any]) -> None:
+    """Add where training starts, with what and on what; what is damaged in the file is left out."""
+    path = environment_path(workdir)
+    _write_lines(path, [*read_lines(path), start])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} where there is none, or it is damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        values = json.loads(path.read_text(errors="replace"))
+        return values if isinstance(values, dict) else {}
+    return {}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects in a file of one a line, but for lines that are damaged; [] without it."""
+    objects = []
+    with contextlib.suppress(OSError):
+        for line in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                objects.append(json.loads(line))
+    return [entry for entry in objects if isinstance(entry, dict)]
 
 
 def set_aside(workdir: Path, steps: list[int]) -> Path:
@@ -100,7 +134,7 @@ def lock(workdir: Path) -> Iterator[None]:
     if not is_writer():
         yield
         return
-    with _writing(workdir):
+    with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / ".lock").open("a+")
     with file:
@@ -114,7 +148,7 @@ def lock(workdir: Path) -> Iterator[None]:
             ) from error
         except OSError:
             pass  # some network file systems have no locks
-        with _writing(workdir):
+        with writing(workdir):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
@@ -138,17 +172,22 @@ def params_sha256(params: Any) -> str:
     return digest.hexdigest()
 
 
+def _write_lines(path: Path, entries: list[dict[str, Any]]) -> None:
+    _replace(path, "".join(json.dumps(entry) + "\n" for entry in entries))
+
+
 def _replace(path: Path, text: str) -> None:
     if not is_writer():
         return
     partial = path.with_name(path.name + ".partial")
-    with _writing(path):
+    with writing(path):
         partial.write_text(text)
         os.replace(partial, path)
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the operating system objects to into a RunFilesError that names the path."""
     try:
         yield
     except OSError as error:

@@ -68,6 +68,10 @@ def test_after_each_row_the_model_has_seen_that_much(model, image):
         expected = np.exp(logits[0]) / np.exp(logits[0]).sum()
         np.testing.assert_allclose(probabilities[rows - 1], expected, atol=1e-6)
     np.testing.assert_allclose(classify(classifier, params, image[None])[0], expected, atol=1e-6)
+    # However the image is read as a sequence, and in batches that need not come out even.
+    mirrored = np.stack([image[::-1]] * 3)
+    read = classify(classifier, params, mirrored, lambda images: images[:, ::-1], batch_size=2)
+    np.testing.assert_allclose(read, np.stack([expected] * 3), atol=1e-6)
 
 
 def test_the_gates_are_those_that_lead_to_the_answer(model, image):

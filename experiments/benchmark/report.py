@@ -1,16 +1,15 @@
 """What was measured, as ratios, tables in Markdown, JSON and a plot."""
 
 import datetime
-import importlib.metadata
 import os
 import platform
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments import environment as machine
 from experiments.benchmark.cases import AXES, CENTRE, as_json, flops
 from experiments.benchmark.measure import MODES, Measurement, Results
 from experiments.benchmark.peers import OURS
@@ -119,17 +118,10 @@ def environment() -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
         "system": platform.system(),
-        "cpu": cpu_model(),
+        "cpu": machine.processor(),
         "cores": cores,
-        "versions": {name: _version(name) for name in VERSIONS},
+        "versions": {name: machine.version(name) for name in VERSIONS},
     }
-
-
-def cpu_model() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    return found[1] if found else platform.processor()
 
 
 def plot(results: Results, path: Path) -> None:
@@ -169,10 +161,3 @@ def plot(results: Results, path: Path) -> None:
 def _title(peer: str, results: Results) -> str:
     version = results.peers.get(peer, {}).get("version")
     return f"{peer} {version}" if version and peer != OURS else peer
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

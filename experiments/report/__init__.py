@@ -1,0 +1,1 @@
+"""Trained runs, side by side on one page: see `__main__`."""

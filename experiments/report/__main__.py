@@ -1,0 +1,88 @@
+"""Report trained runs, side by side, on one HTML page that holds all it shows.
+
+    python -m experiments.report runs/mnist_lstm [WORKDIR ...] [--output report.html] [...]
+
+The page has the accuracies, the curves, the speed, what differs between the runs' flags, and of
+each run the confusion matrix, the most confident mistakes, and what it was trained with and on. It
+needs no network. A run that is training still, or whose data can't be had, is reported as far as it
+goes, and a line says what is missing.
+"""
+
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import absl.logging
+import tyro
+
+from experiments.report.gather import gather, read_test_sets
+from experiments.restored import read_config
+from experiments.run_files import RunFilesError, writing
+
+
+class UsageError(Exception):
+    """Something that the report needs is not there; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags, with their defaults."""
+
+    workdirs: tyro.conf.Positional[tuple[Path, ...]]
+    """Where the runs live; they may be training still, and go on undisturbed."""
+    output: Path | None = None
+    """The page; None is report.html in the first workdir."""
+    data_dir: Path | None = None
+    """tfds's folder; None is tfds's own default."""
+    manual_dir: Path | None = None
+    """Folder with the dataset's four original IDX .gz files, in place of a download."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write a report from a command line; returns the exit status."""
+    options = tyro.cli(Options, prog="python -m experiments.report", description=__doc__, args=argv)
+    absl.logging.set_verbosity(absl.logging.FATAL)  # what Orbax logs as errors, it also raises
+    try:
+        check(options)
+        run(options)
+    except (UsageError, RunFilesError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def check(options: Options) -> None:
+    """Refuse at once what would be wrong only after the runs are read.
+
+    Raises:
+        UsageError: no workdir is named, or a package is missing.
+    """
+    if not options.workdirs:
+        raise UsageError("name the workdir of a run: python -m experiments.report WORKDIR")
+    missing = [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f'this needs {" and ".join(missing)}: pip install -e ".[report]"')
+
+
+def run(options: Options) -> None:
+    """Gather what there is of each run, and write the page."""
+    from experiments.report import page  # it needs Jinja2 and matplotlib
+
+    datasets = [read_config(workdir).dataset for workdir in options.workdirs]
+    test_sets = read_test_sets(datasets, options.data_dir, options.manual_dir)
+    runs = [gather(workdir, test_sets) for workdir in options.workdirs]
+    path = options.output or options.workdirs[0] / "report.html"
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A name that no encoding has may be on the page.
+        path.write_text(page.render(runs), encoding="utf-8", errors="replace")
+    for run in runs:
+        for line in run.missing:
+            print(f"missing  {run.workdir}: {line}")
+    print(f"report   {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,18 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import absl.logging
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from PIL import Image
 
-from experiments import loop
 from experiments.console import warn
 from experiments.digit_image import DigitImageError, read_digit_image
-from experiments.restored import RestoredRun, restore_run
+from experiments.restored import classify, restore_run
 from experiments.run_files import RunFilesError
-from lstm_flax import training
 from lstm_flax.checkpoints import CheckpointError
 
 
@@ -60,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if images:
         show = json_line if options.json else line
         width = max(len(str(path)) for path in images)
-        predictions = predict(trained, np.stack(list(images.values())))
+        predictions = classify(trained, np.stack(list(images.values())))
         for path, probabilities in zip(images, predictions, strict=True):
             print(show(path, width, probabilities))
     return 2 if skipped else 0
@@ -87,13 +83,6 @@ def picture_files(folder: Path) -> list[Path]:
     """The files in a folder and those below it whose names end as a picture's, sorted."""
     endings = Image.registered_extensions()
     return [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in endings]
-
-
-def predict(trained: RestoredRun, images: np.ndarray) -> np.ndarray:
-    """Class probabilities, float32 [batch, classes], of images, uint8 [batch, 28, 28]."""
-    x = loop.reading(trained.config)(training.to_floats(jnp.asarray(images)))
-    logits = trained.model.apply({"params": trained.params}, x)
-    return np.asarray(jax.nn.softmax(jnp.asarray(logits)))
 
 
 def line(path: Path, width: int, probabilities: np.ndarray) -> str:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments import loop, mnist_lstm, run_files
 from experiments.config import Config
@@ -53,6 +54,26 @@ def restore_run(workdir: Path) -> RestoredRun:
     if damages:
         warn(f"using step {restored.step} ({'; '.join(map(str, damages))})")
     return RestoredRun(config, model, restored.tree["state"].params, restored.step)
+
+
+def classify(run: RestoredRun, images: np.ndarray) -> np.ndarray:
+    """Class probabilities, float32 [n, classes], of images uint8 [n, rows, pixels].
+
+    The run reads them as it was trained to, in batches of its own size: in bfloat16 the order in
+    which sums are rounded depends on it, so with another one a doubtful answer might not be the one
+    that it was evaluated by.
+    """
+    read, batch_size = loop.reading(run.config), run.config.batch_size
+
+    @jax.jit
+    def classify_batch(images: jax.Array) -> jax.Array:
+        logits = run.model.apply({"params": run.params}, read(training.to_floats(images)))
+        return jax.nn.softmax(jnp.asarray(logits))
+
+    # The last batch is filled up, so that all of them are computed in one way.
+    filled = np.arange(-(-len(images) // batch_size) * batch_size) % len(images)
+    batches = filled.reshape(-1, batch_size)
+    return np.concatenate([classify_batch(images[batch]) for batch in batches])[: len(images)]
 
 
 def read_config(workdir: Path) -> Config:

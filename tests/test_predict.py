@@ -6,8 +6,8 @@ from PIL import Image
 from scipy import ndimage
 
 from experiments.digit_image import as_mnist
-from experiments.predict import main, predict
-from experiments.restored import restore_run
+from experiments.predict import main
+from experiments.restored import classify, restore_run
 from lstm_flax import data
 
 
@@ -67,7 +67,7 @@ def test_pictures_of_all_sorts_are_read_as_well_as_the_originals(reader, digits,
     by_name = sorted(lines, key=lambda line: line["file"])
     assert [line["file"] for line in by_name] == [str(f) for f in sorted(tmp_path.iterdir())]
 
-    plain = predict(restore_run(reader), digits.images).argmax(-1)
+    plain = classify(restore_run(reader), digits.images).argmax(-1)
     read = np.array([line["label"] for line in by_name])
     assert (plain == digits.labels).mean() > 0.9
     assert (read == digits.labels).mean() > (plain == digits.labels).mean() - 0.03

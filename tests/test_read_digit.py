@@ -7,10 +7,10 @@ import pytest
 from small_runs import SMALL, read_eval
 
 from experiments import mnist_lstm
+from experiments.config import Config
 from experiments.read_digit.__main__ import main
 from experiments.read_digit.reading import (
     answers,
-    classify,
     find_mistakes,
     gates_by_row,
     probabilities_by_row,
@@ -18,7 +18,7 @@ from experiments.read_digit.reading import (
     settled_row,
     unit_order,
 )
-from experiments.restored import restore_run
+from experiments.restored import RestoredRun, classify, restore_run
 from lstm_flax import LSTMClassifier, data
 from lstm_flax.training import to_floats
 
@@ -67,11 +67,19 @@ def test_after_each_row_the_model_has_seen_that_much(model, image):
         logits = classifier.apply({"params": params}, to_floats(image[None, :rows]))
         expected = np.exp(logits[0]) / np.exp(logits[0]).sum()
         np.testing.assert_allclose(probabilities[rows - 1], expected, atol=1e-6)
-    np.testing.assert_allclose(classify(classifier, params, image[None])[0], expected, atol=1e-6)
-    # However the image is read as a sequence, and in batches that need not come out even.
-    mirrored = np.stack([image[::-1]] * 3)
-    read = classify(classifier, params, mirrored, lambda images: images[:, ::-1], batch_size=2)
+    # In batches that need not come out even.
+    rows_run = RestoredRun(Config(batch_size=2), classifier, params, 0)
+    read = classify(rows_run, np.stack([image] * 3))
     np.testing.assert_allclose(read, np.stack([expected] * 3), atol=1e-6)
+
+
+def test_a_run_classifies_images_as_it_was_trained_to_read_them(image):
+    classifier = LSTMClassifier(hidden_size=4, num_layers=1)
+    pixels = to_floats(image.reshape(1, -1, 1))
+    params = classifier.init(jax.random.key(0), pixels)["params"]
+    expected = jax.nn.softmax(classifier.apply({"params": params}, pixels))
+    run = RestoredRun(Config(batch_size=2, sequence="pixels"), classifier, params, 0)
+    np.testing.assert_allclose(classify(run, image[None]), expected, atol=1e-6)
 
 
 def test_the_gates_are_those_that_lead_to_the_answer(model, image):

@@ -19,14 +19,13 @@ import absl.logging
 import tyro
 
 from experiments.read_digit.reading import (
-    classify,
     find_mistakes,
     gates_by_row,
     probabilities_by_row,
     report,
     settled_row,
 )
-from experiments.restored import RestoredRun, restore_run
+from experiments.restored import RestoredRun, classify, restore_run
 from experiments.run_files import RunFilesError
 from lstm_flax import data
 from lstm_flax.checkpoints import CheckpointError
@@ -135,7 +134,7 @@ def show_mistakes(trained: RestoredRun, test: Split, at_most: int, folder: Path)
     """Print how many test images are read wrongly, draw the worst; returns the figures' names."""
     from experiments.read_digit import figures  # it needs matplotlib
 
-    mistakes = find_mistakes(classify(trained.model, trained.params, test.images), test.labels)
+    mistakes = find_mistakes(classify(trained, test.images), test.labels)
     summary = f"{len(mistakes.image):,} of {len(test.labels):,} test images are read wrongly"
     print(f"\n{summary}")
     if not mistakes.image.size:

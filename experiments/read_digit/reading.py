@@ -9,12 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lstm_flax import readings, training
+from lstm_flax import training
 from lstm_flax.models import SequenceClassifier
-from lstm_flax.training import Reading
-
-BATCH_SIZE = 500
-"""Images that are classified at a time."""
 
 
 def probabilities_by_row(model: SequenceClassifier, params: Any, image: np.ndarray) -> np.ndarray:
@@ -130,35 +126,6 @@ class Mistakes(NamedTuple):
     def first(self, count: int) -> "Mistakes":
         """The first so many of them."""
         return Mistakes(*(values[:count] for values in self))
-
-
-def classify(
-    model: SequenceClassifier,
-    params: Any,
-    images: np.ndarray,
-    read: Reading = readings.rows,
-    batch_size: int = BATCH_SIZE,
-) -> np.ndarray:
-    """Class probabilities [n, classes] of whole images.
-
-    Args:
-        model: the classifier.
-        params: its parameters.
-        images: uint8 [n, rows, pixels].
-        read: how it reads them as sequences, as it was trained.
-        batch_size: images at a time. In bfloat16 a doubtful answer may depend on it, for sums are
-            rounded in another order: a run's own gives the answers that it was evaluated by.
-    """
-
-    @jax.jit
-    def classify_batch(images):
-        logits = model.apply({"params": params}, read(training.to_floats(images)))
-        return jax.nn.softmax(jnp.asarray(logits))
-
-    # The last batch is filled up, so that all of them are computed in one way.
-    filled = np.arange(-(-len(images) // batch_size) * batch_size) % len(images)
-    batches = filled.reshape(-1, batch_size)
-    return np.concatenate([classify_batch(images[batch]) for batch in batches])[: len(images)]
 
 
 def find_mistakes(probabilities: np.ndarray, labels: np.ndarray) -> Mistakes:

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import loop, run_files
+from experiments import run_files
 from experiments.config import Config, of_the_run
-from experiments.read_digit.reading import Mistakes, classify, find_mistakes
-from experiments.restored import count_parameters, read_config, restore_run
+from experiments.read_digit.reading import Mistakes, find_mistakes
+from experiments.restored import classify, count_parameters, read_config, restore_run
 from lstm_flax import data
 from lstm_flax.checkpoints import CheckpointError
 from lstm_flax.data import DataError, Split
@@ -107,13 +107,7 @@ def read_test_set(workdir: Path, test: Split) -> Result:
     from sklearn.metrics import confusion_matrix  # takes a second
 
     run = restore_run(workdir)
-    probabilities = classify(
-        run.model,
-        run.params,
-        test.images,
-        loop.reading(run.config),
-        run.config.batch_size,
-    )
+    probabilities = classify(run, test.images)
     classes = range(probabilities.shape[1])
     confusion = confusion_matrix(test.labels, probabilities.argmax(-1), labels=classes)
     mistakes = find_mistakes(probabilities, test.labels)

@@ -1,7 +1,6 @@
 """What the MNIST experiment is asked to do: its flags, their defaults and their bounds."""
 
 import dataclasses
-import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +9,7 @@ from typing import Any, Literal
 import tyro
 
 from experiments import run_files
-
-
-class ConfigError(Exception):
-    """A flag's value can't be used; the message names the flag."""
+from experiments.usage import DatasetName, UsageError, check_packages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +20,7 @@ class Config:
     """Where the run lives; a run that is already there is resumed."""
     recipe: Literal["standard", "fast", "best"] = "standard"
     """What the flags that are left out are: see `RECIPES`, or the README."""
-    dataset: Literal["auto", "mnist", "fashion_mnist", "kmnist", "mnist5k"] = "auto"
+    dataset: DatasetName = "auto"
     """What to learn; auto is mnist, or mnist5k where mnist can't be had."""
     data_dir: Path | None = None
     """tfds's folder; None is tfds's own default."""
@@ -115,7 +111,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     the flags given must agree with them, but for `--epochs`, which may grow.
 
     Raises:
-        ConfigError: a value is out of bounds, or differs from the run's in the workdir.
+        UsageError: a value is out of bounds, or differs from the run's in the workdir.
         SystemExit: a flag is unknown or not of its type (status 2), or `--help` (status 0).
     """
     description = "Train a stack of LSTM layers to read MNIST digits row by row."
@@ -124,22 +120,22 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     recipe = Config(recipe=config.recipe, **RECIPES[config.recipe])
     config = tyro.cli(Config, prog=prog, args=argv, default=recipe)
     _check_bounds(config)
-    if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-        raise ConfigError('--tensorboard needs tensorboardX: pip install -e ".[tensorboard]"')
+    if config.tensorboard:
+        check_packages("tensorboard", "tensorboardX", what="--tensorboard")
     stored = run_files.read_config(config.workdir)
     if stored is None:
         if config.eval_only:
-            raise ConfigError(f"--eval-only: there is no run in {config.workdir}")
+            raise UsageError(f"--eval-only: there is no run in {config.workdir}")
         return config
     try:
         run = dataclasses.replace(config, **stored)
     except TypeError as error:
-        raise ConfigError(f"{run_files.config_path(config.workdir)}: {error}") from error
+        raise UsageError(f"{run_files.config_path(config.workdir)}: {error}") from error
     config = tyro.cli(Config, prog=prog, args=argv, default=run)
     if config.dataset == "auto":
         config = dataclasses.replace(config, dataset=run.dataset)
     if differing := differences(config, of_the_run(run)):
-        raise ConfigError(
+        raise UsageError(
             f"{config.workdir} holds another run: {'; '.join(differing)}; "
             f"give the run's values or another --workdir"
         )
@@ -193,4 +189,4 @@ def _check_bounds(config: Config) -> None:
 def _check(config: Config, name: str, holds: bool, must_be: str) -> None:
     if not holds:
         flag = name.replace("_", "-")
-        raise ConfigError(f"--{flag} must be {must_be}, but is {getattr(config, name)}")
+        raise UsageError(f"--{flag} must be {must_be}, but is {getattr(config, name)}")

@@ -23,11 +23,12 @@ import optax
 from flax.training.train_state import TrainState
 
 from experiments import environment, loop, run_files
-from experiments.config import Config, ConfigError, of_the_run, parse
+from experiments.config import Config, of_the_run, parse
 from experiments.console import print_summary, warn, without_echoes
 from experiments.loop import Position, Run, TrainingError
 from experiments.run_files import RunFilesError
 from experiments.stopping import Stopped, StopRequests, stop_requests
+from experiments.usage import UsageError, fail
 from lstm_flax import checkpoints, data, training
 from lstm_flax.checkpoints import CheckpointError
 from lstm_flax.data import DataError
@@ -46,25 +47,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with stop_requests() as stop, without_echoes():
             run(parse(argv), stop)
-    except (ConfigError, RunFilesError, TrainingError, DataError, CheckpointError) as error:
-        return failed(str(error))
+    except (UsageError, RunFilesError, TrainingError, DataError, CheckpointError) as error:
+        return failed(error)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        return failed(str(error).splitlines()[0])
+        return failed(UsageError(str(error).splitlines()[0]))
     except Stopped as stopped:
         print(f"stopped by {stopped}: the same command goes on from there", file=sys.stderr)
         return 128 + stopped.signal
     return 0
 
 
-def failed(message: str) -> int:
+def failed(error: Exception) -> int:
     """Say in one line why the experiment ends; returns the exit status."""
     if jax.process_count() == 1:
-        print(f"error: {message}", file=sys.stderr)
-        return 2
+        return fail(error)
     hint = "if another process was lost, start all of them again: they go on from the last save"
-    print(f"error: {message}; {hint}", file=sys.stderr, flush=True)
+    print(f"error: {error}; {hint}", file=sys.stderr, flush=True)
     os._exit(2)  # JAX would wait for the other processes, and those perhaps for this one
 
 
@@ -84,7 +84,7 @@ def run(config: Config, stop: StopRequests) -> None:
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(redirect_stdout(nowhere))
         stack.enter_context(jax.set_mesh(training.data_mesh()))
-        builder = prepare_data(config)
+        builder = data.prepare(config.dataset, config.data_dir, config.manual_dir)
         config = dataclasses.replace(config, dataset=builder.name)
         splits = load_splits(config, builder)
         check_batch_size(config, splits)
@@ -105,13 +105,6 @@ def run(config: Config, stop: StopRequests) -> None:
         evaluate_result(run, fresh)
 
 
-def prepare_data(config: Config):
-    """Return the dataset's tfds builder, prepared."""
-    if config.dataset == "auto":
-        return data.prepare_auto(config.data_dir, config.manual_dir)
-    return data.prepare(config.dataset, config.data_dir, config.manual_dir)
-
-
 def load_splits(config: Config, builder) -> dict[str, data.Split]:
     """Read the splits "train" and "test", and "validation" where images are held out."""
     splits = {name: data.read_split(builder, name) for name in ("train", "test")}
@@ -126,11 +119,11 @@ def check_batch_size(config: Config, splits: dict[str, data.Split]) -> None:
     """Refuse a batch that the data can't fill or the devices can't share."""
     images, devices = len(splits["train"].labels), jax.device_count()
     if config.batch_size > images:
-        raise ConfigError(
+        raise UsageError(
             f"--batch-size is {config.batch_size}, but there are only {images} training images"
         )
     if config.batch_size % devices:
-        raise ConfigError(
+        raise UsageError(
             f"--batch-size is {config.batch_size}, which {devices} devices can't share equally"
         )
 

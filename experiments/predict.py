@@ -23,6 +23,7 @@ from experiments.console import warn
 from experiments.digit_image import DigitImageError, read_digit_image
 from experiments.restored import classify, restore_run
 from experiments.run_files import RunFilesError
+from experiments.usage import UsageError, fail
 from lstm_flax.checkpoints import CheckpointError
 
 
@@ -45,13 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     absl.logging.set_verbosity(absl.logging.FATAL)  # what Orbax logs as errors, it also raises
     if not options.pictures:
-        print("error: name the pictures to read, files or folders", file=sys.stderr)
-        return 2
+        return fail(UsageError("name the pictures to read, files or folders"))
     try:
         trained = restore_run(options.workdir)
     except (RunFilesError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     images, skipped = read_images(options.pictures)
     if images:
         show = json_line if options.json else line

@@ -53,8 +53,8 @@ def test_mnist_is_whole_and_in_its_original_order(mnist, mnist_dir):
 
 def test_a_prepared_dataset_needs_its_source_no_more(mnist, data_dir, tmp_path):
     assert data.prepare("mnist", data_dir).data_dir == mnist.data_dir
-    assert data.prepare_auto(data_dir, tell=pytest.fail).name == "mnist"
-    assert data.prepare_auto(data_dir, tmp_path, tell=pytest.fail).name == "mnist"
+    assert data.prepare("auto", data_dir, tell=pytest.fail).name == "mnist"
+    assert data.prepare("auto", data_dir, tmp_path, tell=pytest.fail).name == "mnist"
 
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_byte, swap_the_label_files])
@@ -63,11 +63,11 @@ def test_a_damaged_file_is_named(mnist_dir, tmp_path, damage):
     shutil.copytree(mnist_dir, files, copy_function=shutil.copyfile)
     files.chmod(0o755)
     damage(files / "t10k-labels-idx1-ubyte.gz")
-    for prepare in (lambda *a: data.prepare("mnist", *a), data.prepare_auto):
+    for name in ("mnist", "auto"):
         with pytest.raises(
             data.DataError, match=r"t10k-labels-idx1-ubyte\.gz.*wrong checksum"
         ) as e:
-            prepare(tmp_path / "tfds", files)
+            data.prepare(name, tmp_path / "tfds", files)
         assert "\n" not in str(e.value)
     # Nothing half-made is left that would pass for the dataset.
     assert data.prepare("mnist", tmp_path / "tfds", mnist_dir).info.splits["test"].num_examples
@@ -107,7 +107,7 @@ def test_a_dataset_named_outright_is_never_replaced(name, no_way_out, tmp_path):
 
 def test_auto_falls_back_to_5000_digits_and_says_so(no_way_out, tmp_path):
     told = []
-    assert data.prepare_auto(tmp_path, tell=told.append).name == "mnist5k"
+    assert data.prepare("auto", tmp_path, tell=told.append).name == "mnist5k"
     warning, preparing = told
     assert warning.startswith("WARNING: MNIST can't be downloaded")
     assert "mnist5k" in warning

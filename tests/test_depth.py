@@ -155,7 +155,7 @@ def test_a_batch_that_the_data_can_not_fill_gets_one_line(data_dir, tmp_path, ca
 
 def test_without_matplotlib_there_is_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
-    assert_refused([], "this needs matplotlib: pip install matplotlib", capsys)
+    assert_refused([], 'this needs matplotlib: pip install -e ".[figures]"', capsys)
 
 
 def assert_refused(flags, says, capsys):

@@ -348,4 +348,5 @@ def test_what_can_not_be_read_or_written_is_said_in_one_line(
 def test_without_matplotlib_it_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main([]) == 2
-    assert capsys.readouterr().err == "error: this needs matplotlib: pip install matplotlib\n"
+    error = 'error: this needs matplotlib: pip install -e ".[figures]"\n'
+    assert capsys.readouterr().err == error

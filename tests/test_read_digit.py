@@ -208,7 +208,7 @@ def test_what_is_wrong_beside_the_run_gets_one_line(trained, data_dir, tmp_path,
 def test_without_matplotlib_there_is_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     assert main([]) == 2
-    assert_one_line(capsys, "this needs matplotlib: pip install matplotlib")
+    assert_one_line(capsys, 'this needs matplotlib: pip install -e ".[figures]"')
 
 
 def assert_one_line(capsys, says):

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 from tqdm import tqdm
@@ -24,10 +24,7 @@ from experiments.benchmark import report
 from experiments.benchmark.cases import QUICK, STAR, Case, parse_case
 from experiments.benchmark.measure import MODES, Settings, measure
 from experiments.benchmark.peers import OURS, PEERS
-
-
-class UsageError(Exception):
-    """A flag's value can't be used; the message names the flag."""
+from experiments.usage import DatasetName, UsageError, check_at_least, check_packages, fail
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Options:
     """Run whole jobs instead: start, one epoch, time to 99% of the test images."""
     job_rounds: int = 3
     """With --job: epochs of each side, in turn; from the second on it is compiled already."""
-    dataset: Literal["auto", "mnist", "fashion_mnist", "kmnist", "mnist5k"] = "auto"
+    dataset: DatasetName = "auto"
     """With --job: what to learn, as for experiments.mnist_lstm."""
     data_dir: Path | None = None
     """With --job: tfds's folder; None is tfds's own default."""
@@ -77,8 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(options)
         run_job(options) if options.job else run_cases(options)
     except (UsageError, jobs.JobError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     return 0
 
 
@@ -88,17 +84,15 @@ def check(options: Options) -> None:
     Raises:
         UsageError: a flag's value can't be used.
     """
-    for name in ("rounds", "job_rounds", "max_epochs"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+    check_at_least(options, 1, "rounds", "job_rounds", "max_epochs")
     if not 0 < options.seconds < float("inf"):
         raise UsageError("--seconds must be a positive number")
     if unknown := [peer for peer in options.peers if peer not in PEERS]:
         raise UsageError(f"--peers: {unknown[0]!r} is none of {', '.join(PEERS)}")
     if options.quick and options.cases:
         raise UsageError("--quick and --cases both say which cases; give one of them")
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib: pip install matplotlib")
+    if options.plot:
+        check_packages("benchmark", "matplotlib", what="--plot")
     for path in (options.json, options.plot):
         if path is not None and not path.parent.is_dir():
             raise UsageError(f"there is no folder {path.parent} for {path.name}")
@@ -175,10 +169,7 @@ def prepare_job(options: Options, scratch: Path) -> jobs.Job:
     from lstm_flax import data  # takes seconds to import
 
     try:
-        if options.dataset == "auto":
-            builder = data.prepare_auto(options.data_dir, options.manual_dir)
-        else:
-            builder = data.prepare(options.dataset, options.data_dir, options.manual_dir)
+        builder = data.prepare(options.dataset, options.data_dir, options.manual_dir)
         splits = {name: data.read_split(builder, name) for name in ("train", "test")}
     except data.DataError as error:
         raise UsageError(str(error)) from error

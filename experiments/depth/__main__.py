@@ -14,12 +14,10 @@ minutes on 2 CPU cores that other work shares; the models take turns being timed
 """
 
 import dataclasses
-import importlib.util
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import tyro
 from tqdm import tqdm
@@ -36,13 +34,17 @@ from experiments.depth.measure import (
     train,
 )
 from experiments.depth.parameters import KINDS, count, formula, make_model, total
+from experiments.usage import (
+    DatasetName,
+    UsageError,
+    check_at_least,
+    check_packages,
+    fail,
+    make_folder,
+)
 from lstm_flax import data, training
 from lstm_flax.data import DataError
 from lstm_flax.training import Batch
-
-
-class UsageError(Exception):
-    """A flag's value can't be used; the message names the flag."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Options:
     """Training images, the first ones of each class; the same for all seeds."""
     rounds: int = 15
     """Turns of each model when train steps are timed; the median counts."""
-    dataset: Literal["auto", "mnist", "fashion_mnist", "kmnist", "mnist5k"] = "auto"
+    dataset: DatasetName = "auto"
     """What to learn; auto is mnist, or mnist5k where mnist can't be had."""
     data_dir: Path | None = None
     """tfds's folder; None is tfds's own default."""
@@ -82,8 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(options)
         run(options)
     except (UsageError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     return 0
 
 
@@ -93,31 +94,22 @@ def check(options: Options) -> None:
     Raises:
         UsageError: a flag's value can't be used, or matplotlib is missing.
     """
-    for name in ("hidden_size", "epochs", "batch_size", "train_images", "rounds"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+    check_at_least(options, 1, "hidden_size", "epochs", "batch_size", "train_images", "rounds")
     if not options.layers or min(options.layers) < 1:
         raise UsageError("--layers must be numbers of at least 1")
     if options.seeds < 2:
         raise UsageError("--seeds must be at least 2: one alone has no interval")
     if not 0 < options.learning_rate < math.inf:
         raise UsageError("--learning-rate must be a positive number")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("this needs matplotlib: pip install matplotlib")
-    try:
-        options.figures.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--figures {options.figures} can't be made ({error.strerror})") from error
+    check_packages("figures", "matplotlib")
+    make_folder(options.figures, "figures")
 
 
 def run(options: Options) -> None:
     """Train, time and count all models; print and draw."""
     from experiments.depth import figures  # it needs matplotlib
 
-    if options.dataset == "auto":
-        builder = data.prepare_auto(options.data_dir, options.manual_dir)
-    else:
-        builder = data.prepare(options.dataset, options.data_dir, options.manual_dir)
+    builder = data.prepare(options.dataset, options.data_dir, options.manual_dir)
     test = data.read_split(builder, "test")
     chosen = first_of_each_class(data.read_split(builder, "train"), options.train_images)
     if options.batch_size > len(chosen.labels):

@@ -8,7 +8,6 @@ the gates and the cell state of every unit. Nothing that is drawn leaves the mac
 
 import contextlib
 import dataclasses
-import importlib.util
 import socket
 import sys
 from collections.abc import Sequence
@@ -19,11 +18,8 @@ import tyro
 
 from experiments.restored import RestoredRun, read_config, restore_run
 from experiments.run_files import RunFilesError
+from experiments.usage import UsageError, check_packages, fail
 from lstm_flax.checkpoints import CheckpointError
-
-
-class UsageError(Exception):
-    """A flag's value can't be used; the message names the flag."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,27 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = tyro.cli(Options, prog="python -m experiments.draw", description=__doc__, args=argv)
     absl.logging.set_verbosity(absl.logging.FATAL)  # what Orbax logs as errors, it also raises
     try:
-        check_packages()
+        check_packages("draw", "nicegui", "matplotlib")
         port = find_port(options)
         sequence = read_config(options.workdir).sequence
         if sequence != "rows":
             raise UsageError(f"the run in {options.workdir} reads {sequence}, not rows")
         trained = restore_run(options.workdir)
     except (UsageError, RunFilesError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     serve(trained, options.host, port, options.browser)
     return 0
-
-
-def check_packages() -> None:
-    """Say what to install where a package that only this experiment needs is missing.
-
-    Raises:
-        UsageError: one is.
-    """
-    if any(importlib.util.find_spec(name) is None for name in ("nicegui", "matplotlib")):
-        raise UsageError('this needs a few more packages: pip install -e ".[draw]"')
 
 
 def find_port(options: Options) -> int:

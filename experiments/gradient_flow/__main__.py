@@ -20,7 +20,6 @@ divided by an infinite norm. Clipping comes too late for both.
 """
 
 import dataclasses
-import importlib.util
 import math
 import sys
 from collections.abc import Sequence
@@ -35,12 +34,16 @@ from experiments.gradient_flow.clipping import CLIP_NORM, Trace, trace, watched_
 from experiments.gradient_flow.flow import Flow, before_and_after
 from experiments.gradient_flow.memory import BLANK_ROWS, accuracies
 from experiments.gradient_flow.models import Recipe, all_variants, as_pixels, as_rows, rnns
+from experiments.usage import (
+    DatasetName,
+    UsageError,
+    check_at_least,
+    check_packages,
+    fail,
+    make_folder,
+)
 from lstm_flax import Keys, data
 from lstm_flax.data import DataError, Split
-
-
-class OptionError(Exception):
-    """What was asked for can't be done; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Options:
     """Folder for the figures and their data."""
     part: Literal["all", "flow", "clipping", "memory"] = "all"
     """What to measure."""
-    dataset: Literal["auto", "mnist", "fashion_mnist", "kmnist", "mnist5k"] = "auto"
+    dataset: DatasetName = "auto"
     """What to read, as for experiments.mnist_lstm."""
     data_dir: Path | None = None
     """tfds's folder; None is tfds's own default."""
@@ -91,9 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check(options)
         run(options)
-    except (OptionError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (UsageError, DataError) as error:
+        return fail(error)
     return 0
 
 
@@ -101,22 +103,17 @@ def check(options: Options) -> None:
     """Refuse at once what would only fail later.
 
     Raises:
-        OptionError: a flag's value can't be used, or matplotlib is missing.
+        UsageError: a flag's value can't be used, or matplotlib is missing.
     """
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         flag = f"--{field.name.replace('_', '-')}"
-        lowest = 0 if field.name == "seed" else 1
-        if field.type is int and value < lowest:
-            raise OptionError(f"{flag} must be at least {lowest}, but is {value}")
+        if field.type is int:
+            check_at_least(options, 0 if field.name == "seed" else 1, field.name)
         if field.type is float and not 0 < value < math.inf:
-            raise OptionError(f"{flag} must be a positive number, but is {value}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise OptionError("this needs matplotlib: pip install matplotlib")
-    try:
-        options.figures.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError(f"--figures {options.figures}: {error.strerror}") from error
+            raise UsageError(f"{flag} must be a positive number, but is {value}")
+    check_packages("figures", "matplotlib")
+    make_folder(options.figures, "figures")
 
 
 def run(options: Options) -> None:
@@ -152,19 +149,16 @@ def load_splits(options: Options) -> dict[str, Split]:
 
     Raises:
         DataError: they can't be had.
-        OptionError: they do not fill a batch.
+        UsageError: they do not fill a batch.
     """
-    if options.dataset == "auto":
-        builder = data.prepare_auto(options.data_dir, options.manual_dir)
-    else:
-        builder = data.prepare(options.dataset, options.data_dir, options.manual_dir)
+    builder = data.prepare(options.dataset, options.data_dir, options.manual_dir)
     splits = {
         "train": first(data.read_split(builder, "train"), options.images),
         "test": first(data.read_split(builder, "test"), options.test_images),
     }
     images = len(splits["train"].labels)
     if options.batch_size > images:
-        raise OptionError(
+        raise UsageError(
             f"--batch-size is {options.batch_size}, but there are only {images} training images"
         )
     return splits

@@ -10,7 +10,6 @@ Draws three figures, each with its data beside it as CSV:
 """
 
 import dataclasses
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,13 +26,10 @@ from experiments.read_digit.reading import (
 )
 from experiments.restored import RestoredRun, classify, restore_run
 from experiments.run_files import RunFilesError
+from experiments.usage import UsageError, check_at_least, check_packages, fail, make_folder
 from lstm_flax import data
 from lstm_flax.checkpoints import CheckpointError
 from lstm_flax.data import DataError, Split
-
-
-class UsageError(Exception):
-    """A flag's value can't be used; the message names the flag."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(options)
         run(options)
     except (UsageError, RunFilesError, CheckpointError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     return 0
 
 
@@ -75,11 +70,8 @@ def check(options: Options) -> None:
     Raises:
         UsageError: a flag's value can't be used, or matplotlib is missing.
     """
-    for name in ("index", "mistakes"):
-        if getattr(options, name) < 0:
-            raise UsageError(f"--{name} must be at least 0, but is {getattr(options, name)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("this needs matplotlib: pip install matplotlib")
+    check_at_least(options, 0, "index", "mistakes")
+    check_packages("figures", "matplotlib")
 
 
 def run(options: Options) -> None:
@@ -94,24 +86,11 @@ def run(options: Options) -> None:
             f"--index must be less than {len(test.labels)}, the number of test images of "
             f"{dataset}, but is {options.index}"
         )
-    folder = make_folder(options.figures or options.workdir / "figures")
+    folder = make_folder(options.figures or options.workdir / "figures", "figures")
     drawn = show_reading(trained, test, options.index, folder)
     if options.mistakes:
         drawn += show_mistakes(trained, test, options.mistakes, folder)
     print(f"\nfigures in {folder}: {', '.join(drawn)}; each with its data as .csv")
-
-
-def make_folder(folder: Path) -> Path:
-    """Make the figures' folder, if there is none.
-
-    Raises:
-        UsageError: it can't be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--figures {folder} can't be made ({error.strerror})") from error
-    return folder
 
 
 def show_reading(trained: RestoredRun, test: Split, index: int, folder: Path) -> list[str]:

@@ -9,7 +9,6 @@ goes, and a line says what is missing.
 """
 
 import dataclasses
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +19,7 @@ import tyro
 from experiments.report.gather import gather, read_test_sets
 from experiments.restored import read_config
 from experiments.run_files import RunFilesError, writing
-
-
-class UsageError(Exception):
-    """Something that the report needs is not there; the message says what to do."""
+from experiments.usage import UsageError, check_packages, fail
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(options)
         run(options)
     except (UsageError, RunFilesError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     return 0
 
 
@@ -61,9 +56,7 @@ def check(options: Options) -> None:
     """
     if not options.workdirs:
         raise UsageError("name the workdir of a run: python -m experiments.report WORKDIR")
-    missing = [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(f'this needs {" and ".join(missing)}: pip install -e ".[report]"')
+    check_packages("report", "jinja2", "matplotlib")
 
 
 def run(options: Options) -> None:

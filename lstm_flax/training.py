@@ -160,10 +160,16 @@ def create_train_state(
         key: PRNG key of the initialisers.
     """
     place = (lambda tree: tree) if jax.sharding.get_abstract_mesh().empty else replicate
-    params = place(jax.jit(model.init)(key, sample)["params"])
+    params = place(_initial_params(model, key, jnp.zeros(sample.shape, sample.dtype)))
     state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
     # An array from the start: a Python 0 would compile every step function twice.
     return state.replace(step=place(jnp.zeros((), jnp.int32)))
+
+
+@partial(jax.jit, static_argnums=0)
+def _initial_params(model: nn.Module, key: jax.Array, sample: jax.Array) -> Any:
+    """Compiled once for all keys; flax alone would take as long again for each."""
+    return model.init(key, sample)["params"]
 
 
 def to_floats(images: jax.Array) -> jax.Array:

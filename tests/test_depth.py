@@ -7,19 +7,12 @@ import numpy as np
 import pytest
 
 from experiments.depth.__main__ import main
-from experiments.depth.measure import (
-    Recipe,
-    accuracy,
-    first_of_each_class,
-    initial_states,
-    on_device,
-    step_seconds,
-    t_interval,
-    train,
-)
+from experiments.depth.measure import first_of_each_class, step_seconds, t_interval
 from experiments.depth.parameters import KINDS, count, formula, make_model, total
 from experiments.run_files import params_sha256
+from experiments.short_training import Recipe, accuracy, as_arrays, train
 from lstm_flax.data import Split
+from lstm_flax.training import Keys, create_train_state, to_floats
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,14 +71,20 @@ def stripes(count):
     labels = np.arange(count, dtype=np.int32) % 10
     images = np.zeros((count, 28, 28), np.uint8)
     images[np.arange(count), 18 + labels] = 255
-    return on_device(Split(images, labels))
+    return as_arrays(Split(images, labels))
+
+
+def initial_state(model, recipe, train_set, keys):
+    sample = to_floats(train_set["image"][:1])
+    return create_train_state(model, recipe.optimizer(train_set), sample, keys.init)
 
 
 def test_training_learns_and_is_the_seeds_own():
     recipe, model, train_set = Recipe(12, 50, 2e-2), make_model("GRU", 1, 16), stripes(200)
-    seeds = (0, 1, 0)
-    states = initial_states(model, recipe.optimizer(train_set), train_set, seeds)
-    trained = [train(state, recipe, train_set, seed) for state, seed in zip(states, seeds)]  # noqa: B905
+    trained = []
+    for keys in map(Keys.from_seed, (0, 1, 0)):
+        state = initial_state(model, recipe, train_set, keys)
+        trained.append(train(state, recipe, train_set, keys))
     assert [int(state.step) for state in trained] == [12 * 4] * 3
     assert min(accuracy(state, stripes(70)) for state in trained) > 0.5
     first, other, again = (params_sha256(state.params) for state in trained)
@@ -94,8 +93,7 @@ def test_training_learns_and_is_the_seeds_own():
 
 def test_timing_a_step_leaves_the_state_to_be_trained():
     recipe, train_set = Recipe(1, 30, 1e-3), stripes(100)
-    tx = recipe.optimizer(train_set)
-    (state,) = initial_states(make_model("RNN", 1, 4), tx, train_set, [0])
+    state = initial_state(make_model("RNN", 1, 4), recipe, train_set, Keys.from_seed(0))
     seconds = step_seconds({4: state}, recipe, train_set, rounds=2)
     assert seconds[4] > 0
     assert int(state.step) == 0

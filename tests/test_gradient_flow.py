@@ -18,13 +18,13 @@ from experiments.gradient_flow.flow import (
 )
 from experiments.gradient_flow.memory import BLANK_ROWS, accuracies
 from experiments.gradient_flow.models import (
-    Recipe,
     as_pixels,
     as_rows,
     lstms,
     rnns,
     start,
 )
+from experiments.short_training import Recipe
 from lstm_flax import Keys, training
 from lstm_flax.data import Split
 
@@ -332,7 +332,7 @@ def test_bad_values_are_refused_in_one_line(capsys, flags, message):
     [
         ([*SMALL, "--batch-size", "21"], "--batch-size is 21, but there are only 20 training"),
         (["--dataset", "kmnist", "--manual-dir", "/nowhere"], "--manual-dir /nowhere lacks"),
-        (["--figures", __file__], f"--figures {__file__}: File exists"),
+        (["--figures", __file__], f"--figures {__file__} can't be made (File exists)"),
     ],
 )
 def test_what_can_not_be_read_or_written_is_said_in_one_line(

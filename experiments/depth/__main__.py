@@ -22,18 +22,9 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-from experiments.depth.measure import (
-    Recipe,
-    Row,
-    accuracy,
-    first_of_each_class,
-    initial_states,
-    on_device,
-    step_seconds,
-    t_interval,
-    train,
-)
+from experiments.depth.measure import Row, first_of_each_class, step_seconds, t_interval
 from experiments.depth.parameters import KINDS, count, formula, make_model, total
+from experiments.short_training import Recipe, accuracy, as_arrays, train
 from experiments.usage import (
     DatasetName,
     UsageError,
@@ -44,7 +35,7 @@ from experiments.usage import (
 )
 from lstm_flax import data, training
 from lstm_flax.data import DataError
-from lstm_flax.training import Batch
+from lstm_flax.training import Batch, Keys, create_train_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +112,7 @@ def run(options: Options) -> None:
         f"{builder.name}: {len(chosen.labels):,} training and {len(test.labels):,} test images; "
         f"{options.hidden_size} units, {options.epochs} epochs, {options.seeds} seeds\n"
     )
-    rows = compare(options, on_device(chosen), on_device(test))
+    rows = compare(options, as_arrays(chosen), as_arrays(test))
     print(table(rows, options.hidden_size))
 
     test_images = f"{len(test.labels):,} images of {builder.name}"
@@ -136,17 +127,18 @@ def run(options: Options) -> None:
 
 def compare(options: Options, train_set: Batch, test_set: Batch) -> list[Row]:
     """Time and train all models, the kinds one after the other, each from few layers to many."""
-    recipe = Recipe(options.epochs, options.batch_size, options.learning_rate)
+    recipe = Recipe(options.epochs, options.batch_size, options.learning_rate, weight_decay=1e-2)
     names = [(kind, layers) for kind in KINDS for layers in sorted(set(options.layers))]
-    tx, seeds = recipe.optimizer(train_set), range(options.seeds)
+    tx, keys = recipe.optimizer(train_set), [Keys.from_seed(seed) for seed in range(options.seeds)]
+    sample = training.to_floats(train_set["image"][: options.batch_size])
     states = {
-        (kind, layers): initial_states(
-            make_model(kind, layers, options.hidden_size), tx, train_set, seeds
-        )
+        (kind, layers): [
+            create_train_state(make_model(kind, layers, options.hidden_size), tx, sample, of.init)
+            for of in keys
+        ]
         for kind, layers in names
     }
     timed = {(*name, "auto"): of_name[0] for name, of_name in states.items()}
-    sample = training.to_floats(train_set["image"][: options.batch_size])
     for kind, layers in names:
         if make_model(kind, layers, options.hidden_size).core.why_not_native(sample) is None:
             scanning = make_model(kind, layers, options.hidden_size, "scan")
@@ -156,8 +148,8 @@ def compare(options: Options, train_set: Batch, test_set: Batch) -> list[Row]:
     rows = []
     for kind, layers in tqdm(names, unit=" models", disable=None):
         trained = (
-            train(state, recipe, train_set, seed)
-            for seed, state in enumerate(states.pop((kind, layers)))
+            train(state, recipe, train_set, of)
+            for state, of in zip(states.pop((kind, layers)), keys, strict=True)
         )
         rows.append(
             Row(

@@ -1,50 +1,24 @@
-"""Training a model from a seed, and timing the train steps of several models in turn."""
+"""What is measured of a model: its train steps' time, and the spread of its accuracy."""
 
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax.training.train_state import TrainState
 from scipy import stats
 
-from lstm_flax import SequenceClassifier, training
+from experiments.short_training import Recipe
+from lstm_flax import training
 from lstm_flax.data import Split
 from lstm_flax.training import Batch, Keys, Metrics
-
-EVAL_BATCH_SIZE = 500
-"""Images that are evaluated at a time; no result depends on it."""
 
 STEPS_A_TURN = 8
 """Train steps that are timed as one."""
 
 Name = TypeVar("Name")
-
-
-class Recipe(NamedTuple):
-    """How every model is trained."""
-
-    epochs: int
-    batch_size: int
-    learning_rate: float  # the peak of the one-cycle schedule
-
-    def steps_per_epoch(self, train_set: Batch) -> int:
-        """Train steps in a pass over the training images."""
-        return training.steps_per_epoch(len(train_set["label"]), self.batch_size)
-
-    def optimizer(self, train_set: Batch) -> optax.GradientTransformation:
-        """AdamW, as in the MNIST experiment, its schedule spanning all epochs."""
-        steps = self.epochs * self.steps_per_epoch(train_set)
-        return training.onecycle_adamw(self.learning_rate, steps, weight_decay=1e-2, clip_norm=1.0)
-
-
-def on_device(split: Split) -> Batch:
-    """A split as the arrays that training takes."""
-    return {"image": jnp.asarray(split.images), "label": jnp.asarray(split.labels)}
 
 
 def first_of_each_class(split: Split, size: int) -> Split:
@@ -55,34 +29,6 @@ def first_of_each_class(split: Split, size: int) -> Split:
         place_in_class[of_class] = np.arange(len(of_class))
     chosen = np.sort(np.argsort(place_in_class, kind="stable")[:size])
     return Split(split.images[chosen], split.labels[chosen])
-
-
-def initial_states(
-    model: SequenceClassifier,
-    tx: optax.GradientTransformation,
-    train_set: Batch,
-    seeds: Sequence[int],
-) -> list[TrainState]:
-    """Untrained states, one a seed, all by one compiled program."""
-    sample = training.to_floats(train_set["image"][:1])
-    create = jax.jit(partial(training.create_train_state, model, tx, sample))
-    return [create(Keys.from_seed(seed).init) for seed in seeds]
-
-
-def train(state: TrainState, recipe: Recipe, train_set: Batch, seed: int) -> TrainState:
-    """Train a state, which is given up to it, for all epochs."""
-    keys, steps = Keys.from_seed(seed), recipe.steps_per_epoch(train_set)
-    for _ in range(recipe.epochs):
-        state, _ = training.train_steps(
-            state, Metrics.zero(), train_set, keys, steps, batch_size=recipe.batch_size
-        )
-    return state
-
-
-def accuracy(state: TrainState, test_set: Batch) -> float:
-    """Fraction of all test images that are classified correctly."""
-    metrics = training.evaluate(state, test_set, batch_size=EVAL_BATCH_SIZE)
-    return int(metrics.correct) / int(metrics.count)
 
 
 class Row(NamedTuple):

@@ -33,7 +33,8 @@ from tqdm import tqdm
 from experiments.gradient_flow.clipping import CLIP_NORM, Trace, trace, watched_descent
 from experiments.gradient_flow.flow import Flow, before_and_after
 from experiments.gradient_flow.memory import BLANK_ROWS, accuracies
-from experiments.gradient_flow.models import Recipe, all_variants, as_pixels, as_rows, rnns
+from experiments.gradient_flow.models import all_variants, as_pixels, as_rows, rnns
+from experiments.short_training import Recipe
 from experiments.usage import (
     DatasetName,
     UsageError,

@@ -15,7 +15,8 @@ import numpy as np
 import optax
 from flax.training.train_state import TrainState
 
-from experiments.gradient_flow.models import Recipe, Variant, optimizer, start, train
+from experiments.gradient_flow.models import Variant, start
+from experiments.short_training import Recipe, accuracy, train
 from lstm_flax import (
     Keys,
     LSTMCell,
@@ -68,17 +69,17 @@ def before_and_after(
         recipe: of the trainings.
     """
     data, x = datasets["train"], training.to_floats(probe["image"])
-    tx = optimizer(recipe, len(data["label"]))
+    tx = recipe.optimizer(data)
     for variant in variants:
 
         def flow(state: TrainState, is_trained: bool, variant: Variant = variant) -> Flow:
             norms = mean_norms(variant.model, state.params, x, probe["label"])
-            metrics = training.evaluate(state, datasets["test"], batch_size=recipe.batch_size)
-            return Flow(sequence, variant.label, is_trained, float(metrics.accuracy), norms)
+            correct = accuracy(state, datasets["test"])
+            return Flow(sequence, variant.label, is_trained, correct, norms)
 
         state = start(variant, tx, data, keys)
         yield flow(state, is_trained=False)
-        yield flow(train(state, data, keys, recipe), is_trained=True)
+        yield flow(train(state, recipe, data, keys), is_trained=True)
 
 
 def mean_norms(

@@ -2,15 +2,10 @@
 
 from collections.abc import Sequence
 
-from experiments.gradient_flow.models import (
-    Recipe,
-    Variant,
-    as_rows,
-    optimizer,
-    start,
-    train,
-)
-from lstm_flax import Keys, training
+from experiments import short_training
+from experiments.gradient_flow.models import Variant, as_rows, start
+from experiments.short_training import Recipe, train
+from lstm_flax import Keys
 from lstm_flax.data import Split
 
 BLANK_ROWS = (0, 14, 28, 56, 112)
@@ -30,13 +25,12 @@ def accuracies(
         By the variant's label, the test accuracy of each seed, as a fraction.
     """
     datasets = {name: as_rows(split, blank) for name, split in splits.items()}
-    tx = optimizer(recipe, len(datasets["train"]["label"]))
+    tx = recipe.optimizer(datasets["train"])
 
     def accuracy(variant: Variant, seed: int) -> float:
         keys = Keys.from_seed(seed)
         state = start(variant, tx, datasets["train"], keys)
-        state = train(state, datasets["train"], keys, recipe)
-        metrics = training.evaluate(state, datasets["test"], batch_size=recipe.batch_size)
-        return float(metrics.accuracy)
+        state = train(state, recipe, datasets["train"], keys)
+        return short_training.accuracy(state, datasets["test"])
 
     return {variant.label: [accuracy(variant, seed) for seed in seeds] for variant in variants}

@@ -1,16 +1,15 @@
-"""The models that are compared, how they read a digit, and their short training."""
+"""The models that are compared, how they read a digit, and how they start."""
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.training.train_state import TrainState
 
-from lstm_flax import Keys, LSTMStack, Metrics, RNNStack, SequenceClassifier, training
+from experiments.short_training import as_arrays
+from lstm_flax import Keys, LSTMStack, RNNStack, SequenceClassifier, training
 from lstm_flax.data import Split
 from lstm_flax.training import Batch
 
@@ -26,14 +25,6 @@ class Variant(NamedTuple):
     label: str  # in tables and legends
     model: SequenceClassifier
     adjust: Callable[[Any], Any]  # from the model's initial parameters to the variant's
-
-
-class Recipe(NamedTuple):
-    """How long and how fast a training is."""
-
-    epochs: int
-    batch_size: int
-    learning_rate: float  # peak of the one-cycle rate
 
 
 def all_variants(hidden_size: int) -> list[Variant]:
@@ -85,45 +76,20 @@ def _with_layer(params: Any, layer: Any) -> Any:
 def as_rows(split: Split, blank: int = 0) -> Batch:
     """Digits as 28 rows of 28 pixels, uint8 [n, 28 + blank, 28], `blank` empty rows at the end."""
     images = np.pad(split.images, ((0, 0), (0, blank), (0, 0)))
-    return {"image": jnp.asarray(images), "label": jnp.asarray(split.labels)}
+    return as_arrays(Split(images, split.labels))
 
 
 def as_pixels(split: Split) -> Batch:
     """Digits as 784 single pixels, row by row, uint8 [n, 784, 1]."""
     images = split.images.reshape(len(split.images), -1, 1)
-    return {"image": jnp.asarray(images), "label": jnp.asarray(split.labels)}
-
-
-def optimizer(recipe: Recipe, num_images: int) -> optax.GradientTransformation:
-    """The MNIST experiment's optimiser, without weight decay, over so many training images."""
-    total_steps = recipe.epochs * training.steps_per_epoch(num_images, recipe.batch_size)
-    return training.onecycle_adamw(
-        recipe.learning_rate, total_steps, weight_decay=0.0, clip_norm=1.0
-    )
+    return as_arrays(Split(images, split.labels))
 
 
 def start(
     variant: Variant, tx: optax.GradientTransformation, data: Batch, keys: Keys
 ) -> TrainState:
     """The state of a training at step 0."""
-    model, features = variant.model, data["image"].shape[-1]
-    params = variant.adjust(_initial_params(model, keys.init, features))
-    state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
-    return state.replace(step=jnp.zeros((), jnp.int32))  # a Python 0 would compile again
-
-
-# Unlike `training.create_train_state`, it is compiled once for all seeds and lengths: most of the
-# time of short trainings otherwise.
-@partial(jax.jit, static_argnames=("model", "features"))
-def _initial_params(model: SequenceClassifier, key: jax.Array, features: int) -> Any:
-    return model.init(key, jnp.zeros((1, 1, features)))["params"]
-
-
-def train(state: TrainState, data: Batch, keys: Keys, recipe: Recipe) -> TrainState:
-    """Train to the recipe's end; `state` is given up to the call."""
-    per_epoch = training.steps_per_epoch(len(data["label"]), recipe.batch_size)
-    for _ in range(recipe.epochs):
-        state, _ = training.train_steps(
-            state, Metrics.zero(), data, keys, per_epoch, batch_size=recipe.batch_size
-        )
-    return state
+    sample = training.to_floats(data["image"][:1, :1])  # one step: compiled once for all lengths
+    state = training.create_train_state(variant.model, tx, sample, keys.init)
+    params = variant.adjust(state.params)
+    return state.replace(params=params, opt_state=tx.init(params))

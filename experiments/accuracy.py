@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from experiments import mnist_lstm, run_files
-from experiments.benchmark.report import table
+from experiments.markdown import table
 
 
 @dataclasses.dataclass(frozen=True)

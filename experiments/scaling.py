@@ -7,19 +7,24 @@ Measures a train step at four sizes of each, the others as in the MNIST experime
 share the machine's cores: they show what the division itself costs, not what more machines gain.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
 
+from experiments.markdown import table
 from lstm_flax import LSTMClassifier, training
 
 BASE = {"batch": 128, "steps": 28, "hidden": 256, "layers": 2, "devices": 1}
@@ -67,7 +72,7 @@ def measure_apart(sizes: dict[str, int]) -> dict[str, float]:
     sizes = dict(sizes)
     devices = f"--xla_force_host_platform_device_count={sizes.pop('devices')}"
     measured = subprocess.run(
-        [sys.executable, "-m", "experiments.scaling", json.dumps(sizes)],
+        [sys.executable, "-m", "experiments.scaling", "--only", json.dumps(sizes)],
         env=os.environ | {"XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         check=True,
@@ -80,24 +85,41 @@ def exponent(sizes: list[int], values: list[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
-def main() -> None:
-    """Measure all sizes, and print a table in Markdown."""
-    print("| | sizes | milliseconds a train step | exponent | MB | exponent |")
-    print("| --- | --- | --- | ---: | --- | ---: |")
-    for name, sizes in SIZES.items():
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags, with their defaults."""
+
+    only: str | None = None
+    """Sizes as JSON, such as '{"batch": 64, "steps": 28, "hidden": 256, "layers": 2}': measure them
+    on this process's devices, and print seconds and bytes as JSON."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure all sizes, and print a table in Markdown; or measure the sizes asked for."""
+    options = tyro.cli(
+        Options, prog="python -m experiments.scaling", description=__doc__, args=argv
+    )
+    if options.only:
+        print(json.dumps(measure(**json.loads(options.only))))
+        return
+    rows = []
+    for name, sizes in tqdm(SIZES.items(), disable=None):
         measured: list[dict[str, Any]] = [measure_apart(BASE | {name: size}) for size in sizes]
         seconds = [m["seconds"] for m in measured]
         megabytes = [m["bytes"] / 1e6 for m in measured]
-        print(
-            f"| {name} | {', '.join(map(str, sizes))} "
-            f"| {', '.join(f'{1000 * s:.0f}' for s in seconds)} | {exponent(sizes, seconds):.2f} "
-            f"| {', '.join(f'{m:.0f}' for m in megabytes)} | {exponent(sizes, megabytes):.2f} |",
-            flush=True,
+        rows.append(
+            [
+                name,
+                ", ".join(map(str, sizes)),
+                ", ".join(f"{1000 * s:.0f}" for s in seconds),
+                f"{exponent(sizes, seconds):.2f}",
+                ", ".join(f"{m:.0f}" for m in megabytes),
+                f"{exponent(sizes, megabytes):.2f}",
+            ]
         )
+    header = ["", "sizes", "milliseconds a train step", "exponent", "MB", "exponent"]
+    print(table(header, rows, text_columns=3))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        print(json.dumps(measure(**json.loads(sys.argv[1]))))
-    else:
-        main()
+    main()

@@ -1,3 +1,4 @@
+from printed import table_rows
 from small_runs import SMALL, read_eval
 
 from experiments import accuracy
@@ -9,15 +10,11 @@ def test_seeds_are_runs_of_the_experiment_and_their_mean_is_told(data_dir, tmp_p
     assert accuracy.main([*argv, f"--flags={flags}"]) == 0
     a, b = (read_eval(tmp_path / f"fast-seed{seed}") for seed in (3, 8))
     assert a["params_sha256"] != b["params_sha256"]
-    table = capsys.readouterr().out.split("\n\n")[-2].splitlines()
-    assert table[2].split("|")[1:4] == [
-        " 3 ",
-        f" {a['correct']} of 1,000 ",
-        f" {a['test_accuracy']:.2%} ",
-    ]
+    rows = table_rows(capsys.readouterr().out)
+    assert rows[1] == ["3", f"{a['correct']} of 1,000", f"{a['test_accuracy']:.2%}"]
     half = abs(a["test_accuracy"] - b["test_accuracy"]) / 2
     mean, spread = (a["test_accuracy"] + b["test_accuracy"]) / 2, half * 2**0.5
-    assert f"| {100 * mean:.3f} ± {100 * spread:.3f} % |" in table[-1]
+    assert rows[-1][-1] == f"{100 * mean:.3f} ± {100 * spread:.3f} %"
     assert (tmp_path / "fast.csv").read_text().count("\n") == 3
 
 

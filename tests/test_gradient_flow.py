@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from printed import table_rows
 
 from experiments.gradient_flow.__main__ import flow_table, main, memory_table
 from experiments.gradient_flow.clipping import trace, watched_descent
@@ -273,13 +274,13 @@ def test_the_figure_and_the_table_of_a_flow_show_what_was_measured(tmp_path):
     np.testing.assert_allclose(found, flows[3].relative("c"), rtol=1e-5)
     assert found[-1] == 1
 
-    table = flow_table(flows).splitlines()
-    assert [line.split(" |")[0] for line in table[2:5]] == [
-        "| RNN, gain 1: h",
-        "| LSTM, forget bias 1: h",
-        "| LSTM, forget bias 1: c",
+    rows = table_rows(flow_table(flows))[1:]
+    assert [row[0] for row in rows] == [
+        "RNN, gain 1: h",
+        "LSTM, forget bias 1: h",
+        "LSTM, forget bias 1: c",
     ]
-    assert f"| {flows[2].relative('c')[0]:.1e} | {flows[3].relative('c')[0]:.1e} |" in table[4]
+    assert rows[2][1:3] == [f"{flow.relative('c')[0]:.1e}" for flow in flows[2:4]]
 
 
 def test_the_figure_and_the_table_of_memory_show_what_was_measured(tmp_path):
@@ -311,7 +312,8 @@ def test_the_command_draws_and_prints_a_part(tmp_path, data_dir, capsys):
     ]
     lines = read_csv(tmp_path / "new" / "clipping.csv")
     assert [line["step"] for line in lines] == ["0", "1", "2"] * 4
-    assert capsys.readouterr().out.count("| RNN, gain 1.5 | yes |") == 1
+    rows = table_rows(capsys.readouterr().out)
+    assert [row[:2] for row in rows].count(["RNN, gain 1.5", "yes"]) == 1
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from printed import table_rows
 from small_runs import SMALL, read_eval
 
 from experiments import mnist_lstm
@@ -133,7 +134,8 @@ def test_when_an_answer_is_right_and_stays_right():
     assert settled_row(believing(7, 7, 1), 7) is None
     assert list(answers(believing(1, 7, 7, 1))) == [(1, 1, 1), (2, 3, 7), (4, 4, 1)]
     lines = report(believing(1, 7, 7), 7).splitlines()
-    assert lines[2:4] == ["| 1 | 1 | 60.0% |", "| 2 to 3 | 7 | 60.0% to 60.0% |"]
+    rows = table_rows("\n".join(lines))
+    assert rows[1:] == [["1", "1", "60.0%"], ["2 to 3", "7", "60.0% to 60.0%"]]
     assert "right   from row 2 on" in lines
     assert lines[-1].startswith("final   7: 60.00%, 0: 4.44%")
     assert "right   no" in report(believing(7, 1), 7)

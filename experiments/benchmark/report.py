@@ -13,6 +13,7 @@ from experiments import environment as machine
 from experiments.benchmark.cases import AXES, CENTRE, as_json, flops
 from experiments.benchmark.measure import MODES, Measurement, Results
 from experiments.benchmark.peers import OURS
+from experiments.markdown import table
 
 VERB = {"infer": "inference", "train": "a train step"}
 MARKERS = "os^Dvx"  # a peer's, so that the plot reads in black and white
@@ -83,12 +84,6 @@ def detail_table(results: Results) -> str:
 def compile_seconds(m: Measurement) -> float:
     """By how much the first call took longer than the median one."""
     return max(0.0, m.first_call_seconds - float(np.median(m.call_seconds)))
-
-
-def table(header: list[str], rows: list[list[str]], text_columns: int = 1) -> str:
-    """A table in GitHub's Markdown; numbers, right of the text, are right-aligned."""
-    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
 
 
 def tables(results: Results, peers: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
+from experiments import markdown
 from experiments.depth.measure import Row, first_of_each_class, step_seconds, t_interval
 from experiments.depth.parameters import KINDS, count, formula, make_model, total
 from experiments.short_training import Recipe, accuracy, as_arrays, train
@@ -166,20 +167,30 @@ def compare(options: Options, train_set: Batch, test_set: Batch) -> list[Row]:
 
 def table(rows: Sequence[Row], hidden_size: int) -> str:
     """All figures in Markdown, a line a model."""
-    lines = [
-        "| | layers | parameters | by formula | ms a train step, scan | ms, as trained "
-        "| test accuracy, %, 95% interval |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    header = [
+        "",
+        "layers",
+        "parameters",
+        "by formula",
+        "ms a train step, scan",
+        "ms, as trained",
+        "test accuracy, %, 95% interval",
     ]
+    lines = []
     for row in rows:
-        interval = t_interval(row.accuracies)
-        mean, low, high = (f"{100 * value:.2f}" for value in interval)
+        mean, low, high = (f"{100 * value:.2f}" for value in t_interval(row.accuracies))
         lines.append(
-            f"| {row.kind} | {row.layers} | {row.parameters:,} "
-            f"| {formula(row.kind, row.layers, hidden_size):,} | {1000 * row.scan_seconds:.1f} "
-            f"| {1000 * row.seconds:.1f} | {mean} ({low} to {high}) |"
+            [
+                row.kind,
+                f"{row.layers}",
+                f"{row.parameters:,}",
+                f"{formula(row.kind, row.layers, hidden_size):,}",
+                f"{1000 * row.scan_seconds:.1f}",
+                f"{1000 * row.seconds:.1f}",
+                f"{mean} ({low} to {high})",
+            ]
         )
-    return "\n".join(lines)
+    return markdown.table(header, lines)
 
 
 if __name__ == "__main__":

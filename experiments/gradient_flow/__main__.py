@@ -30,6 +30,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from experiments import markdown
 from experiments.gradient_flow.clipping import CLIP_NORM, Trace, trace, watched_descent
 from experiments.gradient_flow.flow import Flow, before_and_after
 from experiments.gradient_flow.memory import BLANK_ROWS, accuracies
@@ -227,50 +228,51 @@ def flow_table(flows: Sequence[Flow]) -> str:
     """What is left at the first step of the gradient at the last, and the accuracies."""
     by_key = {(flow.label, flow.sequence, flow.is_trained): flow for flow in flows}
     moments = [(s, t) for s in ("rows", "pixels") for t in (False, True)]
-    lines = [
-        "| first step's gradient / last step's | 28 rows, at first | trained | test accuracy "
-        "| 784 pixels, at first | trained | test accuracy |",
-        "| --- |" + " ---: |" * 6,
-    ]
+    header = ["first step's gradient / last step's"]
+    header += ["28 rows, at first", "trained", "test accuracy"]
+    header += ["784 pixels, at first", "trained", "test accuracy"]
+    rows = []
     for label in dict.fromkeys(flow.label for flow in flows):
         for state in by_key[label, "rows", False].norms:
-            cells = []
+            cells = [f"{label}: {state}"]
             for sequence, is_trained in moments:
                 flow = by_key[label, sequence, is_trained]
                 cells.append(f"{flow.relative(state)[0]:.1e}")
                 if is_trained:
                     cells.append(f"{flow.accuracy:.1%}")
-            lines.append(f"| {label}: {state} | {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+            rows.append(cells)
+    return markdown.table(header, rows) + "\n"
 
 
 def clipping_table(traces: dict[tuple[str, bool], Trace]) -> str:
     """Largest and median norm, last loss, and reach."""
-    lines = [
-        "| | clipped | median norm | largest norm | mean loss of the last ten steps "
-        "| median first step's gradient / last step's |",
-        "| --- | --- |" + " ---: |" * 4,
-    ]
-    lines += [
-        f"| {label} | {'yes' if clips else 'no'} | {np.median(found.norm):.1f} "
-        f"| {found.norm.max():.1f} | {found.loss[-10:].mean():.2f} "
-        f"| {np.median(found.reach):.1e} |"
+    header = ["", "clipped", "median norm", "largest norm", "mean loss of the last ten steps"]
+    header += ["median first step's gradient / last step's"]
+    rows = [
+        [
+            label,
+            "yes" if clips else "no",
+            f"{np.median(found.norm):.1f}",
+            f"{found.norm.max():.1f}",
+            f"{found.loss[-10:].mean():.2f}",
+            f"{np.median(found.reach):.1e}",
+        ]
         for (label, clips), found in traces.items()
     ]
-    return "\n".join([*lines, ""])
+    return markdown.table(header, rows, text_columns=2) + "\n"
 
 
 def memory_table(found: dict[int, dict[str, list[float]]]) -> str:
     """Mean test accuracy, and in brackets the lowest and highest of the seeds."""
-    blanks = " | ".join(f"{blank} blank rows" for blank in found)
-    lines = [f"| test accuracy, % | {blanks} |", "| --- |" + " ---: |" * len(found)]
+    header = ["test accuracy, %", *(f"{blank} blank rows" for blank in found)]
+    rows = []
     for label in next(iter(found.values())):
         cells = [
             f"{100 * np.mean(seeds):.1f} ({100 * min(seeds):.1f} to {100 * max(seeds):.1f})"
             for seeds in (by_label[label] for by_label in found.values())
         ]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+        rows.append([label, *cells])
+    return markdown.table(header, rows) + "\n"
 
 
 if __name__ == "__main__":

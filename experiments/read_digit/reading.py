@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.markdown import table
 from lstm_flax import training
 from lstm_flax.models import SequenceClassifier
 
@@ -100,18 +101,19 @@ def answers(probabilities: np.ndarray) -> Iterator[tuple[int, int, int]]:
 
 def report(probabilities: np.ndarray, label: int) -> str:
     """How the answer came about, as a table in Markdown and two lines."""
-    lines = ["| after rows | answer | its probability |", "| --- | ---: | --- |"]
+    rows = []
     for first, last, answer in answers(probabilities):
         stretch = probabilities[first - 1 : last, answer]
         if first == last:
-            lines.append(f"| {first} | {answer} | {stretch[0]:.1%} |")
+            rows.append([f"{first}", f"{answer}", f"{stretch[0]:.1%}"])
         else:
             between = f"{stretch.min():.1%} to {stretch.max():.1%}"
-            lines.append(f"| {first} to {last} | {answer} | {between} |")
+            rows.append([f"{first} to {last}", f"{answer}", between])
     settled, final = settled_row(probabilities, label), probabilities[-1]
     right = f"from row {settled} on" if settled else "no: the last answer is wrong"
     likely = [f"{k}: {final[k]:.2%}" for k in np.argsort(-final) if final[k] >= 0.00005]
-    return "\n".join([*lines, "", f"right   {right}", f"final   {', '.join(likely)}"])
+    beliefs = table(["after rows", "answer", "its probability"], rows)
+    return "\n".join([beliefs, "", f"right   {right}", f"final   {', '.join(likely)}"])
 
 
 class Mistakes(NamedTuple):

@@ -1,6 +1,7 @@
 """What was measured, as ratios, tables in Markdown, JSON and a plot."""
 
 import datetime
+import itertools
 import os
 import platform
 from collections.abc import Sequence
@@ -121,36 +122,39 @@ def environment() -> dict[str, Any]:
 
 def plot(results: Results, path: Path) -> None:
     """Draw the ratios along each arm of the star, one line a peer and mode; needs matplotlib."""
-    from matplotlib.figure import Figure
+    from experiments import plots
 
     found = ratios(results.measurements)
     peers = list(dict.fromkeys(peer for _, _, peer in found))
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    figure = plots.new_figure(10, 4.5)
     panels = figure.subplots(1, len(AXES), sharey=True)
-    lines = {}
+    lines, points = {}, []
     for panel, (axis, cases) in zip(panels, AXES.items(), strict=True):
         cases = sorted(cases, key=lambda case: getattr(case, axis))
-        ticks = [str(getattr(case, axis)) for case in cases]
-        panel.set_xticks(range(len(cases)), ticks)
+        panel.set_xticks(range(len(cases)), [str(getattr(case, axis)) for case in cases])
         panel.set_xlabel(axis)
         panel.axhline(1, color="gray", linewidth=1)
-        for colour, peer in enumerate(peers):
-            for mode, style in zip(MODES, ("--", "-"), strict=True):
-                points = [
-                    (position, found[case, mode, peer].median)
-                    for position, case in enumerate(cases)
-                    if (case, mode, peer) in found
-                ]
-                if points:
-                    positions, times = zip(*points, strict=True)
-                    marker = MARKERS[colour % len(MARKERS)]
-                    (line,) = panel.plot(positions, times, style, marker=marker, color=f"C{colour}")
-                    lines[f"{_title(peer, results)}, {VERB[mode]}"] = line
+        for (peer, colour), (mode, style) in itertools.product(
+            zip(peers, plots.COLOURS, strict=False), zip(MODES, ("--", "-"), strict=True)
+        ):
+            of_line = [(k, c) for k, c in enumerate(cases) if (c, mode, peer) in found]
+            if not of_line:
+                continue
+            label = f"{_title(peer, results)}, {VERB[mode]}"
+            times = [found[case, mode, peer] for _, case in of_line]
+            marker = MARKERS[peers.index(peer) % len(MARKERS)]
+            medians = [ratio.median for ratio in times]
+            (lines[label],) = panel.plot(
+                [k for k, _ in of_line], medians, style, marker=marker, color=colour
+            )
+            sizes = (getattr(case, axis) for _, case in of_line)
+            points += [(axis, size, label, *t) for size, t in zip(sizes, times, strict=True)]
     panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel("times as fast")
     figure.suptitle(f"lstm_flax beside others; where they cross: {CENTRE.name}")
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=150)
+    names = ("axis", "size", "peer", "times_as_fast", "lower_quartile", "upper_quartile")
+    plots.save(figure, path, dict(zip(names, zip(*points, strict=True), strict=True)))
 
 
 def _title(peer: str, results: Results) -> str:

@@ -154,7 +154,8 @@ def plot(results: Results, path: Path) -> None:
     figure.suptitle(f"lstm_flax beside others; where they cross: {CENTRE.name}")
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3)
     names = ("axis", "size", "peer", "times_as_fast", "lower_quartile", "upper_quartile")
-    plots.save(figure, path, dict(zip(names, zip(*points, strict=True), strict=True)))
+    columns = {name: [point[k] for point in points] for k, name in enumerate(names)}
+    plots.save(figure, path, columns)
 
 
 def _title(peer: str, results: Results) -> str:

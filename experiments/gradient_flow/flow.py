@@ -26,7 +26,7 @@ from lstm_flax import (
     SequenceClassifier,
     training,
 )
-from lstm_flax.models.cells import RecurrentCell
+from lstm_flax.models.cell import RecurrentCell
 from lstm_flax.models.stack import RecurrentStack
 from lstm_flax.training import Batch
 

@@ -1,8 +1,9 @@
 """The recurrent layers, the classifier on top of them, and PyTorch's weights."""
 
-from lstm_flax.models.cells import GRUCell, LSTMCell, RNNCell
 from lstm_flax.models.classifier import LSTMClassifier, SequenceClassifier
-from lstm_flax.models.stack import GRUStack, LSTMStack, RNNStack
+from lstm_flax.models.gru import GRUCell, GRUStack
+from lstm_flax.models.lstm import LSTMCell, LSTMStack
+from lstm_flax.models.rnn import RNNCell, RNNStack
 from lstm_flax.models.torch_weights import from_torch, to_torch
 
 __all__ = [

@@ -6,8 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lstm_flax.models.cells import at_least_float32
-from lstm_flax.models.stack import LSTMStack, RecurrentStack
+from lstm_flax.models.cell import at_least_float32
+from lstm_flax.models.lstm import LSTMStack
+from lstm_flax.models.stack import RecurrentStack
 
 
 class SequenceClassifier(nn.Module):

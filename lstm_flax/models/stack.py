@@ -1,7 +1,7 @@
 """Stacks of recurrent layers: cells inside `nn.scan` over time, with PyTorch's calls and shapes.
 
-Everything that the three kinds of stack share is here, once: layers, directions, lengths, dropout,
-zoneout and the initial carry. What differs, one step of one layer, is in the cells.
+What all kinds of stack share is here, once: layers, directions, lengths, dropout, zoneout and the
+initial carry. What differs, one step of one layer, is each kind's own cell.
 """
 
 import logging
@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.nn.initializers import Initializer
 
-from lstm_flax.models import native
-from lstm_flax.models.cells import GRUCell, LSTMCell, RecurrentCell, RNNCell, forget_gate_ones
+from lstm_flax.models.cell import RecurrentCell
 
 logger = logging.getLogger("lstm_flax")
 
@@ -90,7 +89,8 @@ class RecurrentStack(nn.Module):
         """The zoneout rates, shaped as a cell's carry."""
         return self.zoneout
 
-    def _cell_options(self) -> dict[str, Any]:
+    def cell_options(self) -> dict[str, Any]:
+        """The attributes that every cell has, as the stack's own say."""
         names = (
             "use_bias", "layer_norm", "kernel_init", "recurrent_init", "bias_init", "dtype",
             "param_dtype", "precision",
@@ -219,159 +219,6 @@ class RecurrentStack(nn.Module):
         keep = 1 - self.recurrent_dropout
         kept = jax.random.bernoulli(self.make_rng("dropout"), keep, (batch, cell.output_size))
         return kept.astype(cell.compute_dtype) / keep
-
-
-class LSTMStack(RecurrentStack):
-    """`num_layers` LSTM layers over sequences, with the call and the shapes of `torch.nn.LSTM`.
-
-    The parameters of layer k are `params["l{k}"]`, and `params["l{k}_reverse"]` for its reverse
-    direction, as `LSTMCell` describes them.
-
-        >>> import jax, jax.numpy as jnp
-        >>> from lstm_flax import LSTMStack
-        >>> lstm = LSTMStack(hidden_size=16, num_layers=2, bidirectional=True)
-        >>> x = jnp.ones((3, 7, 5))
-        >>> params = lstm.init(jax.random.key(0), x)["params"]
-        >>> outputs, (h_n, c_n) = lstm.apply(
-        ...     {"params": params}, x, seq_lengths=jnp.array([7, 2, 4])
-        ... )
-        >>> outputs.shape, h_n.shape, c_n.shape
-        ((3, 7, 32), (4, 3, 16), (4, 3, 16))
-        >>> _, kept = lstm.apply({"params": params}, x, mutable="gates")
-        >>> kept["gates"]["l0"]["forget"].shape
-        (3, 7, 16)
-
-    Attributes:
-        hidden_size: units of each layer and direction.
-        num_layers: layers, the output of one being the input of the next.
-        bidirectional: also run each layer from the end to the start, with parameters of its own.
-        use_bias: add biases.
-        dropout: fraction of each layer's output that is dropped on its way to the next layer,
-            with a new mask at each time step, as in PyTorch. This and what follows draws from the
-            rng "dropout".
-        recurrent_dropout: fraction of `h_{t-1}` that is dropped on its way into the gates, with
-            one mask a sequence (Gal and Ghahramani, "A Theoretically Grounded Application of
-            Dropout in Recurrent Neural Networks", 2016).
-        zoneout: probability that a unit of `h` stays as it was a step ago (Krueger et al.,
-            "Zoneout", 2017); their mean in evaluation.
-        zoneout_cell: the same for `c`.
-        layer_norm: the LayerNorm LSTM, see `lstm_flax.models.cells`.
-        proj_size: features that `h` is projected to; 0 projects nothing.
-        time_major: time is the first axis of x and of the outputs.
-        kernel_init, recurrent_init, bias_init, dtype, param_dtype, precision: the cell's.
-        implementation: "scan" is the plain `nn.scan` of cells, which the others are equal to;
-            "native" is the kernel in `lstm_flax.models.native`, for one CPU, in float32, and in
-            bfloat16 where the CPU multiplies that; "auto"
-            takes the faster one that the options and the machine allow. Where "native" is asked
-            for and impossible, a warning says why, and it scans; "auto" logs that to the logger
-            "lstm_flax". `jax.jvp`, derivatives of derivatives and `jax.export` need "scan".
-    """
-
-    bias_init: Initializer = forget_gate_ones
-    zoneout_cell: float = 0.0
-    proj_size: int = 0
-
-    def make_cell(self, name: str) -> LSTMCell:
-        """Make the cell of one layer and direction."""
-        return LSTMCell(
-            self.hidden_size, proj_size=self.proj_size, name=name, **self._cell_options()
-        )
-
-    def zoneout_rates(self) -> tuple[float, float]:
-        """The rates for `(h, c)`."""
-        return self.zoneout, self.zoneout_cell
-
-    def why_not_native(self, x: jax.Array, deterministic: bool = True) -> str | None:
-        """Say in a few words why `__call__` scans in place of the native kernel; None: it won't.
-
-        Args:
-            x: what it would be called with.
-            deterministic: the same.
-        """
-        dtype = jnp.dtype(self.dtype or self.param_dtype)
-        is_known = dtype.name in native.DTYPES and self.param_dtype == jnp.float32
-        reasons = {
-            "layer_norm": self.layer_norm,
-            "proj_size": self.proj_size,
-            "zoneout": self.zoneout or self.zoneout_cell,
-            "recurrent_dropout": self.recurrent_dropout and not deterministic,
-            f"products in {dtype.name} of parameters in {jnp.dtype(self.param_dtype).name}": (
-                not is_known
-            ),
-            "an odd hidden_size in bfloat16": dtype == jnp.bfloat16 and self.hidden_size % 2,
-            "gates are asked for": self.scope and self.is_mutable_collection("gates"),
-            "nothing to compute": 0 in x.shape,
-            "not on a CPU": jax.default_backend() != "cpu",
-            "several devices": jax.device_count() > 1,
-        }
-        found = [reason for reason, applies in reasons.items() if applies]
-        return found[0] if found else native.problem(dtype)
-
-    def run_native(
-        self, cell: RecurrentCell, carry: Carry, x: jax.Array, lengths: Any, reverse: bool
-    ) -> tuple[tuple[Carry], jax.Array]:
-        """Run one layer and direction by its native kernel, as the scan does."""
-        if self.time_major:
-            x = x.swapaxes(0, 1)
-        batch, time, features = x.shape
-        x, kernel_ih = x.astype(cell.compute_dtype), self._weight(cell, "kernel_ih")
-        if x.dtype == jnp.bfloat16 and features % 2:  # it takes two at a time
-            x = jnp.pad(x, ((0, 0), (0, 0), (0, 1)))
-            kernel_ih = jnp.pad(kernel_ih, ((0, 1), (0, 0)))
-        bias = self._weight(cell, "bias") if self.use_bias else jnp.zeros(4 * self.hidden_size)
-        outputs, h_n, c_n = native.lstm_layer(
-            x,
-            kernel_ih,
-            self._weight(cell, "kernel_hh"),
-            bias.astype(jnp.float32),
-            *carry,
-            jnp.full(batch, time, jnp.int32) if lengths is None else jnp.clip(lengths, 0, time),
-            reverse,
-        )
-        return ((h_n, c_n),), outputs.swapaxes(0, 1) if self.time_major else outputs
-
-    @staticmethod
-    def _weight(cell: RecurrentCell, name: str) -> jax.Array:
-        return nn.meta.unbox(cell.get_variable("params", name))
-
-
-class RNNStack(RecurrentStack):
-    """Vanilla RNN layers, as `torch.nn.RNN`: `LSTMStack`'s call, but the carry is `h` alone.
-
-        >>> import jax, jax.numpy as jnp
-        >>> from lstm_flax import RNNStack
-        >>> (outputs, h_n), _ = RNNStack(16, 2, nonlinearity="relu").init_with_output(
-        ...     jax.random.key(0), jnp.ones((3, 7, 5))
-        ... )
-        >>> outputs.shape, h_n.shape
-        ((3, 7, 16), (2, 3, 16))
-
-    Attributes:
-        nonlinearity: "tanh" or "relu".
-    """
-
-    nonlinearity: Literal["tanh", "relu"] = "tanh"
-
-    def make_cell(self, name: str) -> RNNCell:
-        """Make the cell of one layer and direction."""
-        return RNNCell(
-            self.hidden_size, nonlinearity=self.nonlinearity, name=name, **self._cell_options()
-        )
-
-
-class GRUStack(RecurrentStack):
-    """GRU layers, as `torch.nn.GRU`: `LSTMStack`'s call, but the carry is `h` alone.
-
-    >>> import jax, jax.numpy as jnp
-    >>> from lstm_flax import GRUStack
-    >>> (outputs, h_n), _ = GRUStack(16).init_with_output(jax.random.key(0), jnp.ones((3, 7, 5)))
-    >>> outputs.shape, h_n.shape
-    ((3, 7, 16), (1, 3, 16))
-    """
-
-    def make_cell(self, name: str) -> GRUCell:
-        """Make the cell of one layer and direction."""
-        return GRUCell(self.hidden_size, name=name, **self._cell_options())
 
 
 def _check_lengths(seq_lengths: jax.Array, batch: int, time: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Recurrent cells: one step of one layer, as Linen modules.
+"""What recurrent cells share: one step of one layer, as a Linen module.
 
 Every cell has the same interface, so that a stack can scan over any of them:
 
@@ -15,7 +15,7 @@ With `layer_norm`, each of the two products is normalised over all gates at once
 scale, before the bias is added (Ba, Kiros and Hinton, "Layer Normalization", 2016, section 3.1).
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -23,8 +23,6 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
-
-LSTMCarry = tuple[jax.Array, jax.Array]
 
 
 def at_least_float32(dtype: DTypeLike) -> DTypeLike:
@@ -47,17 +45,6 @@ def per_gate(init: Initializer, num_gates: int) -> Initializer:
         return jnp.concatenate(blocks, axis=1)
 
     return stacked
-
-
-def forget_gate_ones(key, shape, dtype=jnp.float32, out_sharding=None) -> jax.Array:
-    """Bias [4 * hidden_size], in the order i, f, g, o: zero, but one for the forget gate.
-
-    The cell then remembers from its first step on: Jozefowicz, Zaremba and Sutskever, "An
-    Empirical Exploration of Recurrent Network Architectures" (ICML 2015).
-    """
-    (size,) = shape
-    hidden_size = size // 4
-    return jnp.zeros(shape, dtype).at[hidden_size : 2 * hidden_size].set(1)
 
 
 class RecurrentCell(nn.Module):
@@ -111,8 +98,17 @@ class RecurrentCell(nn.Module):
         """The hidden state [batch, output_size] within a carry."""
         return carry
 
-    def products(self, h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`(x W_ih, h W_hh)`, each [batch, num_gates * hidden_size], in `state_dtype`."""
+    def products(
+        self, h: jax.Array, x: jax.Array, hidden_mask: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """`(x W_ih, h W_hh)`, each [batch, num_gates * hidden_size], in `state_dtype`.
+
+        Args:
+            h: [batch, output_size], the hidden state of the step before.
+            x: [batch, features].
+            hidden_mask: [batch, output_size], scales `h`; None: by one.
+        """
+        h = h if hidden_mask is None else h * hidden_mask
         return (
             self._product("ih", self.kernel_init, x),
             self._product("hh", self.recurrent_init, h),
@@ -155,122 +151,3 @@ class RecurrentCell(nn.Module):
         if not self.is_initializing():
             for name, value in gates.items():
                 self.sow("gates", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
-
-
-def _masked(h: jax.Array, mask: jax.Array | None) -> jax.Array:
-    return h if mask is None else h * mask
-
-
-class LSTMCell(RecurrentCell):
-    """One step of an LSTM layer (Hochreiter and Schmidhuber 1997; Gers et al. 2000).
-
-        i, f, g, o = split(x_t W_ih + h_{t-1} W_hh + b)
-        c_t = σ(f) ⊙ c_{t-1} + σ(i) ⊙ tanh(g)
-        h_t = σ(o) ⊙ tanh(c_t)
-
-    With `proj_size`, `h_t` is multiplied by `kernel_hr` [hidden_size, proj_size] (Sak, Senior and
-    Beaufays 2014). With `layer_norm`, `c_t` is normalised inside the last tanh.
-
-    The carry is `(h, c)`, [batch, output_size] and [batch, hidden_size].
-    Shows: input, forget, candidate, output and cell.
-
-    Attributes:
-        bias_init: as for every cell; by default the forget gate's bias starts at one.
-        proj_size: features of `h`; 0 projects nothing.
-    """
-
-    bias_init: Initializer = forget_gate_ones
-    proj_size: int = 0
-
-    num_gates: ClassVar[int] = 4
-
-    @property
-    def output_size(self) -> int:
-        """Features of `h`."""
-        return self.proj_size or self.hidden_size
-
-    def initial_carry(self, batch_size: int) -> LSTMCarry:
-        """Zero `(h, c)`."""
-        h = jnp.zeros((batch_size, self.output_size), self.compute_dtype)
-        return h, jnp.zeros((batch_size, self.hidden_size), self.state_dtype)
-
-    def hidden(self, carry: LSTMCarry) -> jax.Array:
-        """`h` of `(h, c)`."""
-        return carry[0]
-
-    @nn.compact
-    def __call__(
-        self, carry: LSTMCarry, x: jax.Array, hidden_mask: jax.Array | None = None
-    ) -> LSTMCarry:
-        """Advance one step: carry as above, x [batch, features], hidden_mask scales `h_{t-1}`."""
-        h, c = carry
-        from_x, from_h = self.products(_masked(h, hidden_mask), x)
-        i, f, g, o = jnp.split(from_x + from_h + self.bias(), 4, axis=-1)
-        i, f, g, o = nn.sigmoid(i), nn.sigmoid(f), jnp.tanh(g), nn.sigmoid(o)
-        c = f * c + i * g
-        self.show(input=i, forget=f, candidate=g, output=o, cell=c)
-        shown = self._norm("norm_c", use_bias=True)(c) if self.layer_norm else c
-        h = (o * jnp.tanh(shown)).astype(self.compute_dtype)
-        if self.proj_size:
-            shape = (self.hidden_size, self.proj_size)
-            kernel = self.param("kernel_hr", self.kernel_init, shape, self.param_dtype)
-            h = jnp.dot(
-                h,
-                kernel.astype(self.compute_dtype),
-                precision=self.precision,
-                preferred_element_type=self.state_dtype,
-            ).astype(self.compute_dtype)
-        return h, c
-
-
-class RNNCell(RecurrentCell):
-    """One step of a vanilla RNN layer (Elman 1990).
-
-        h_t = tanh(x_t W_ih + h_{t-1} W_hh + b)
-
-    The carry is `h`, [batch, hidden_size]. Shows: hidden.
-
-    Attributes:
-        nonlinearity: "tanh" or "relu".
-    """
-
-    nonlinearity: Literal["tanh", "relu"] = "tanh"
-
-    @nn.compact
-    def __call__(
-        self, carry: jax.Array, x: jax.Array, hidden_mask: jax.Array | None = None
-    ) -> jax.Array:
-        """Advance one step: carry as above, x [batch, features], hidden_mask scales `h_{t-1}`."""
-        from_x, from_h = self.products(_masked(carry, hidden_mask), x)
-        activation = {"tanh": jnp.tanh, "relu": nn.relu}[self.nonlinearity]
-        h = activation(from_x + from_h + self.bias()).astype(self.compute_dtype)
-        self.show(hidden=h)
-        return h
-
-
-class GRUCell(RecurrentCell):
-    """One step of a GRU layer (Cho et al. 2014), its reset gate where PyTorch and cuDNN have it.
-
-        r, z = σ(x_t W_ih + h_{t-1} W_hh + b), the first two thirds
-        n = tanh(x_t W_in + b_n + r ⊙ (h_{t-1} W_hn + b_hn))
-        h_t = (1 - z) ⊙ n + z ⊙ h_{t-1}
-
-    The bias inside the reset gate's product is a parameter of its own, `bias_hn` [hidden_size].
-    The carry is `h`, [batch, hidden_size]. Shows: reset, update, candidate.
-    """
-
-    num_gates: ClassVar[int] = 3
-
-    @nn.compact
-    def __call__(
-        self, carry: jax.Array, x: jax.Array, hidden_mask: jax.Array | None = None
-    ) -> jax.Array:
-        """Advance one step: carry as above, x [batch, features], hidden_mask scales `h_{t-1}`."""
-        from_x, from_h = self.products(_masked(carry, hidden_mask), x)
-        x_r, x_z, x_n = jnp.split(from_x + self.bias(), 3, axis=-1)
-        h_r, h_z, h_n = jnp.split(from_h, 3, axis=-1)
-        r, z = nn.sigmoid(x_r + h_r), nn.sigmoid(x_z + h_z)
-        n = jnp.tanh(x_n + r * (h_n + self.bias("bias_hn", nn.initializers.zeros, gates=1)))
-        self.show(reset=r, update=z, candidate=n)
-        h = (1 - z) * n + z * carry.astype(self.state_dtype)
-        return h.astype(self.compute_dtype)

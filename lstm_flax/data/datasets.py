@@ -59,8 +59,8 @@ def prepare(
     builder = _builder(name, data_dir)
     if builder.is_prepared():
         return builder
-    if name == "mnist5k":
-        manual_dir = None
+    if not hasattr(builder, "URL"):
+        manual_dir = None  # it comes from no file
     elif manual_dir is not None:
         _check_manual_dir(manual_dir)
     elif (obstacle := _unreachable(builder.URL)) is not None:

@@ -130,51 +130,24 @@ class RecurrentStack(nn.Module):
         """
         if x.ndim != 3:
             raise ValueError(f"x has shape {x.shape}, not [batch, time, features]")
-        time_axis = 0 if self.time_major else 1
-        batch, time = x.shape[1 - time_axis], x.shape[time_axis]
-        is_valid = lengths = None
-        if seq_lengths is not None:
-            steps = jnp.arange(time, dtype=jnp.int32)
-            lengths = _check_lengths(seq_lengths, batch, time)
-            is_valid = steps[:, None] < lengths if self.time_major else steps < lengths[:, None]
-            # Not even a NaN in the padding may come back as 0 x NaN in a gradient.
-            x = jnp.where(is_valid[:, :, None], x, jnp.zeros_like(x))
-
+        x, lengths, is_valid = self._without_padding(x, seq_lengths)
         directions = ("", "_reverse") if self.bidirectional else ("",)
         layers = [
             [self.make_cell(f"l{layer}{direction}") for direction in directions]
             for layer in range(self.num_layers)
         ]
         cells = [cell for layer in layers for cell in layer]
-        carries = [cell.initial_carry(batch) for cell in cells]
+        carries = [cell.initial_carry(x.shape[1 - self._time_axis]) for cell in cells]
         if initial_carry is not None:
             carries = _split_layers(initial_carry, carries)
-
-        def scan(x, cells, carries, reverse=False):
-            step = nn.scan(
-                _Step,
-                variable_broadcast="params",
-                variable_axes={"gates": time_axis},
-                split_rngs={"params": False, "dropout": True},
-                in_axes=(time_axis, time_axis, nn.broadcast),
-                out_axes=time_axis,
-                reverse=reverse,
-            )(tuple(cells), self.zoneout_rates(), deterministic)
-            masks = tuple(self._hidden_mask(cell, batch, deterministic) for cell in cells)
-            return step(tuple(carries), x, is_valid, masks)
-
-        def native(x, cells, carries, reverse=False):
-            (cell,), (carry,) = cells, carries
-            return self.run_native(cell, carry, x, lengths, reverse)
 
         is_native = self._is_native(x, deterministic)
         drops = self.dropout > 0 and not deterministic
         if not (self.bidirectional or is_native or drops):
             # All layers advance together, in one scan.
-            final, x = scan(x, cells, carries)
+            final, x = self._scan(cells, carries, x, is_valid, deterministic)
             return x, _join_layers(final)
 
-        run = native if is_native else scan
         final = ()
         for k, layer in enumerate(layers):
             if k > 0:
@@ -182,11 +155,57 @@ class RecurrentStack(nn.Module):
             outputs = []
             for d, cell in enumerate(layer):
                 carry = carries[len(layer) * k + d]
-                last, output = run(x, [cell], [carry], reverse=d == 1)
+                if is_native:
+                    last, output = self.run_native(cell, carry, x, lengths, reverse=d == 1)
+                else:
+                    last, output = self._scan(
+                        [cell], [carry], x, is_valid, deterministic, reverse=d == 1
+                    )
                 final += tuple(last)
                 outputs.append(output)
             x = jnp.concatenate(outputs, axis=-1) if self.bidirectional else outputs[0]
         return x, _join_layers(final)
+
+    @property
+    def _time_axis(self) -> int:
+        return 0 if self.time_major else 1
+
+    def _without_padding(
+        self, x: jax.Array, seq_lengths: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """`(x, lengths, is_valid)`: zeros for padding, int32 [batch], bool [batch, time]."""
+        if seq_lengths is None:
+            return x, None, None
+        batch, time = x.shape[1 - self._time_axis], x.shape[self._time_axis]
+        lengths = _check_lengths(seq_lengths, batch, time)
+        steps = jnp.arange(time, dtype=jnp.int32)
+        is_valid = steps[:, None] < lengths if self.time_major else steps < lengths[:, None]
+        # Not even a NaN in the padding may come back as 0 x NaN in a gradient.
+        return jnp.where(is_valid[:, :, None], x, jnp.zeros_like(x)), lengths, is_valid
+
+    def _scan(
+        self,
+        cells: Sequence[RecurrentCell],
+        carries: Sequence[Carry],
+        x: jax.Array,
+        is_valid: jax.Array | None,
+        deterministic: bool,
+        reverse: bool = False,
+    ) -> tuple[tuple[Carry, ...], jax.Array]:
+        """Run cells over time, each on the output of the one before it."""
+        axis = self._time_axis
+        step = nn.scan(
+            _Step,
+            variable_broadcast="params",
+            variable_axes={"gates": axis},
+            split_rngs={"params": False, "dropout": True},
+            in_axes=(axis, axis, nn.broadcast),
+            out_axes=axis,
+            reverse=reverse,
+        )(tuple(cells), self.zoneout_rates(), deterministic)
+        batch = x.shape[1 - axis]
+        masks = tuple(self._hidden_mask(cell, batch, deterministic) for cell in cells)
+        return step(tuple(carries), x, is_valid, masks)
 
     def why_not_native(self, x: jax.Array, deterministic: bool = True) -> str | None:
         """Say in a few words why `__call__` scans in place of the native kernel; None: it won't."""

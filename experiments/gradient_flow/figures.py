@@ -1,6 +1,6 @@
 """The figures; see `experiments.plots` for their look."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,20 @@ def draw_clipping(traces: Mapping[tuple[str, bool], Trace], path: Path) -> None:
         columns["model"] += [label] * len(steps)
         columns["clips"] += [int(clips)] * len(steps)
         columns["step"] += [*steps]
+    _scale_clipping(panels, labels, names.values())
+    figure.suptitle("Vanilla RNNs in plain gradient descent, 28 rows")
+    figure.legend(
+        [lines[False], lines[True]],
+        ["without clipping", f"clipped to a norm of {CLIP_NORM:g}"],
+        loc="outside lower center",
+        ncols=2,
+        handlelength=4,
+    )
+    plots.save(figure, path, columns)
+
+
+def _scale_clipping(panels: np.ndarray, labels: Iterable[str], titles: Iterable[str]) -> None:
+    """Scale and label the panels [labels, titles] of `draw_clipping`."""
     for label, row in zip(labels, panels, strict=True):
         row[0].set_ylabel(label, fontsize=12)
         row[0].axhline(CLIP_NORM, color="gray", linewidth=1, linestyle=":")
@@ -153,19 +167,10 @@ def draw_clipping(traces: Mapping[tuple[str, bool], Trace], path: Path) -> None:
         row[2].minorticks_off()
         for panel in row:
             panel.grid(alpha=0.3)
-    for panel, name in zip(panels[0], names.values(), strict=True):
-        panel.set_title(name, fontsize=12)
+    for panel, title in zip(panels[0], titles, strict=True):
+        panel.set_title(title, fontsize=12)
     for panel in panels[-1]:
         panel.set_xlabel("train step")
-    figure.suptitle("Vanilla RNNs in plain gradient descent, 28 rows")
-    figure.legend(
-        [lines[False], lines[True]],
-        ["without clipping", f"clipped to a norm of {CLIP_NORM:g}"],
-        loc="outside lower center",
-        ncols=2,
-        handlelength=4,
-    )
-    plots.save(figure, path, columns)
 
 
 def draw_memory(found: Mapping[int, Mapping[str, Sequence[float]]], path: Path) -> None:

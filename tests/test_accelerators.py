@@ -16,6 +16,8 @@ from experiments.mnist_lstm import make_model, make_optimizer
 from lstm_flax import training
 from lstm_flax.augment import distort
 
+pytestmark = pytest.mark.slow
+
 BATCH_SIZE = 1024
 V5E_BYTES = 16 * 2**30  # of HBM on a chip
 FOUND = importlib.util.find_spec("libtpu")

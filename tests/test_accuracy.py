@@ -1,9 +1,11 @@
+import pytest
 from printed import table_rows
 from small_runs import SMALL, read_eval
 
 from experiments import accuracy
 
 
+@pytest.mark.slow
 def test_seeds_are_runs_of_the_experiment_and_their_mean_is_told(data_dir, tmp_path, capsys):
     flags = " ".join(["--data-dir", str(data_dir), "--epochs 1", *SMALL])
     argv = ["--workdir", str(tmp_path), "--recipe", "fast", "--seeds", "3", "8"]

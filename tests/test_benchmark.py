@@ -32,6 +32,7 @@ def is_installed(package):
     return importlib.util.find_spec(package) is not None
 
 
+@pytest.mark.slow
 def test_the_command_reports_what_it_measured(tmp_path, capsys):
     plot = ["--plot", str(tmp_path / "plot.png")] if is_installed("matplotlib") else []
     asked = ["lstm_flax", "torch", "keras", "flax.linen.RNN", "jax cuDNN"]
@@ -215,6 +216,7 @@ def test_flags_that_can_not_be_used_get_one_line(flags, says, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_whole_job_runs_on_both_sides(data_dir, tmp_path):
     from lstm_flax import data
 

@@ -69,6 +69,7 @@ def epochs_recorded(lines):
     ]
 
 
+@pytest.mark.slow
 def test_run_all_trains_evaluates_resumes_and_shows_and_run_again_trains_nothing(
     notebook, data_dir, tmp_path
 ):

@@ -100,6 +100,7 @@ def test_timing_a_step_leaves_the_state_to_be_trained():
     assert int(state.step) == 0
 
 
+@pytest.mark.slow
 def test_the_command_reports_what_it_measured(data_dir, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     sizes = ["--layers", 1, "--hidden-size", 8, "--epochs", 1, "--seeds", 2, "--rounds", 2]

@@ -10,6 +10,8 @@ import sys
 import pytest
 from small_runs import finish, read_eval, read_lines, read_until, start
 
+pytestmark = pytest.mark.slow
+
 FLAGS = ["--epochs", "3", "--batch-size", "200", "--dropout", "0.1"]
 # The sums over a batch are taken in another order; these are float32 and 60 steps.
 ROUNDING = 2e-5

@@ -345,6 +345,7 @@ def test_checkpoint_and_remat_leave_the_gradient_as_it_is(stack):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), plain, other)
 
 
+@pytest.mark.slow
 @each_stack
 def test_gradients_equal_finite_differences(stack):
     # Linen's LayerNorm promotes float64 with float32 inside.

@@ -66,6 +66,7 @@ def cases(max_batch, max_time):
     ).map(lambda case: case if case["kind"] == "LSTM" else case | {"proj_size": 0})
 
 
+@pytest.mark.slow
 @needs_torch
 @given(case=cases(64, 200), seed=st.integers(0, 99), dtype=st.sampled_from(list(TOLERANCES)))
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -94,6 +95,7 @@ def loop_over_one_sequence(case, params, x, carries):
     return x, final
 
 
+@pytest.mark.slow
 @given(case=cases(4, 6), seed=st.integers(0, 99), time_major=st.booleans())
 @settings(max_examples=12, deadline=None, derandomize=True)
 def test_any_combination_equals_a_loop_over_the_cell(case, seed, time_major):

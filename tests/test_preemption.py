@@ -28,6 +28,7 @@ def assert_ended_alike(workdir, uninterrupted):
     assert without_times(workdir) == without_times(uninterrupted)
 
 
+@pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_nothing(uninterrupted, tmp_path):
     """From the first preparation of the data to the last save, wherever the kill may fall."""
     workdir, data_dir = tmp_path / "run", tmp_path / "data"
@@ -54,6 +55,7 @@ def test_twenty_kills_at_random_moments_change_nothing(uninterrupted, tmp_path):
     assert kept == ["410", "415", "420"]  # and nothing half-written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_the_step_and_exits(data_dir, uninterrupted, tmp_path, number, status):
     flags = [*FLAGS, "--checkpoint-every", "0"]
@@ -69,6 +71,7 @@ def test_a_signal_saves_the_step_and_exits(data_dir, uninterrupted, tmp_path, nu
     assert_ended_alike(tmp_path, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once_and_loses_nothing_saved(data_dir, uninterrupted, tmp_path):
     process = start(data_dir, tmp_path, *FLAGS)
     read_until(process, "epoch  3/30")
@@ -82,6 +85,7 @@ def test_a_second_ctrl_c_stops_at_once_and_loses_nothing_saved(data_dir, uninter
     assert_ended_alike(tmp_path, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_signal_before_training_ends_the_run_at_once(data_dir, tmp_path):
     process = start(data_dir, tmp_path / "run", *FLAGS)
     read_until(process, "device")
@@ -115,6 +119,7 @@ def test_checkpoints_within_an_epoch_are_taken_by_steps_or_by_time(run, tmp_path
     assert len(saved(tmp_path / "seconds", "0.000001s")) > 1
 
 
+@pytest.mark.slow
 def test_epoch_figures_of_a_run_cut_within_it_cover_the_whole_epoch(
     data_dir, uninterrupted, tmp_path
 ):

@@ -14,12 +14,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tyro
 
 from experiments import mnist_lstm, run_files
+from experiments.config import RecipeName
 from experiments.markdown import table
 
 
@@ -29,7 +30,7 @@ class Options:
 
     workdir: Path = Path("runs/accuracy")
     """Where the runs live, RECIPE-seed0 and so on, and the table of their results."""
-    recipe: Literal["standard", "fast", "best"] = "best"
+    recipe: RecipeName = "best"
     """As in experiments.mnist_lstm."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Of the runs."""

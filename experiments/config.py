@@ -11,6 +11,9 @@ import tyro
 from experiments import run_files
 from experiments.usage import DatasetName, UsageError, check_packages
 
+RecipeName = Literal["standard", "fast", "best"]
+"""Of `RECIPES`."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -18,7 +21,7 @@ class Config:
 
     workdir: Path = Path("runs/mnist_lstm")
     """Where the run lives; a run that is already there is resumed."""
-    recipe: Literal["standard", "fast", "best"] = "standard"
+    recipe: RecipeName = "standard"
     """What the flags that are left out are: 10 epochs, 3, or 20 with more distortion."""
     dataset: DatasetName = "auto"
     """What to learn; auto is mnist, or mnist5k where mnist can't be had."""
@@ -88,7 +91,7 @@ class Config:
         return int(every) or None, None
 
 
-RECIPES: dict[str, dict[str, Any]] = {
+RECIPES: dict[RecipeName, dict[str, Any]] = {
     "standard": {},
     # 99.23% (0.07 standard deviation over 5 seeds) in 2 minutes on 2 CPU cores, in bfloat16.
     "fast": {"epochs": 3},

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import jax
 from scipy.stats import binomtest
 from tqdm import tqdm
@@ -17,6 +18,11 @@ def warn(message: str) -> None:
     """Say what the run could deal with and a person should know."""
     if jax.process_index() == 0:
         print(f"warning: {message}", file=sys.stderr)
+
+
+def quiet_orbax() -> None:
+    """Silence what Orbax logs as errors, since it also raises it."""
+    absl.logging.set_verbosity(absl.logging.FATAL)
 
 
 @contextlib.contextmanager

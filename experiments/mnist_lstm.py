@@ -15,16 +15,14 @@ from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import absl.logging
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax.training.train_state import TrainState
 
 from experiments import environment, loop, run_files
 from experiments.config import Config, of_the_run, parse
-from experiments.console import print_summary, warn, without_echoes
+from experiments.console import print_summary, quiet_orbax, warn, without_echoes
 from experiments.loop import Position, Run, TrainingError
 from experiments.run_files import RunFilesError
 from experiments.stopping import Stopped, StopRequests, stop_requests
@@ -41,9 +39,8 @@ LOST_PROCESS_SECONDS = 30
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the experiment from a command line; returns the exit status."""
-    # What Orbax and its event loop log as errors, Orbax also raises.
-    absl.logging.set_verbosity(absl.logging.FATAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    quiet_orbax()
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # the same, of Orbax's event loop
     try:
         with stop_requests() as stop, without_echoes():
             run(parse(argv), stop)
@@ -95,7 +92,7 @@ def run(config: Config, stop: StopRequests) -> None:
                 run_files.checkpoints_path(config.workdir), read_only=config.eval_only
             )
         )
-        datasets = training.replicate({name: as_arrays(s) for name, s in splits.items()})
+        datasets = training.replicate({name: s.arrays for name, s in splits.items()})
         keys = training.replicate(Keys.from_seed(config.seed))
         run = Run(config, datasets, keys, manager)
         fresh = loop.start(create_state(run))
@@ -126,11 +123,6 @@ def check_batch_size(config: Config, splits: dict[str, data.Split]) -> None:
         raise UsageError(
             f"--batch-size is {config.batch_size}, which {devices} devices can't share equally"
         )
-
-
-def as_arrays(split: data.Split) -> dict[str, np.ndarray]:
-    """A split as the dict of arrays that training takes."""
-    return {"image": split.images, "label": split.labels}
 
 
 def make_model(config: Config) -> SequenceClassifier:

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import absl.logging
 import numpy as np
 import tyro
 from PIL import Image
@@ -44,7 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = tyro.cli(
         Options, prog="python -m experiments.predict", description=__doc__, args=argv
     )
-    absl.logging.set_verbosity(absl.logging.FATAL)  # what Orbax logs as errors, it also raises
     if not options.pictures:
         return fail(UsageError("name the pictures to read, files or folders"))
     try:

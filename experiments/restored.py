@@ -10,8 +10,9 @@ import numpy as np
 
 from experiments import loop, mnist_lstm, run_files
 from experiments.config import Config
-from experiments.console import warn
+from experiments.console import quiet_orbax, warn
 from experiments.run_files import RunFilesError
+from experiments.usage import UsageError
 from lstm_flax import checkpoints, training
 from lstm_flax.models import SequenceClassifier
 from lstm_flax.training import Keys
@@ -39,6 +40,7 @@ def restore_run(workdir: Path) -> RestoredRun:
         RunFilesError: there is no run in the workdir, or its config.json can't be read.
         CheckpointError: it has no checkpoint that can be restored.
     """
+    quiet_orbax()
     config = read_config(workdir)
     directory = run_files.checkpoints_path(workdir)
     if not directory.is_dir():
@@ -74,6 +76,19 @@ def classify(run: RestoredRun, images: np.ndarray) -> np.ndarray:
     filled = np.arange(-(-len(images) // batch_size) * batch_size) % len(images)
     batches = filled.reshape(-1, batch_size)
     return np.concatenate([classify_batch(images[batch]) for batch in batches])[: len(images)]
+
+
+def restore_row_reader(workdir: Path) -> RestoredRun:
+    """`restore_run`, for what can only watch a run that reads row by row.
+
+    Raises:
+        UsageError: the run reads otherwise.
+        RunFilesError, CheckpointError: as `restore_run`.
+    """
+    sequence = read_config(workdir).sequence
+    if sequence != "rows":
+        raise UsageError(f"the run in {workdir} reads {sequence}, not rows")
+    return restore_run(workdir)
 
 
 def read_config(workdir: Path) -> Config:

@@ -11,7 +11,7 @@ from experiments.depth.__main__ import main
 from experiments.depth.measure import first_of_each_class, step_seconds, t_interval
 from experiments.depth.parameters import KINDS, count, formula, make_model, total
 from experiments.run_files import params_sha256
-from experiments.short_training import Recipe, accuracy, as_arrays, train
+from experiments.short_training import Recipe, accuracy, on_device, train
 from lstm_flax.data import Split
 from lstm_flax.training import Keys, create_train_state, to_floats
 
@@ -72,7 +72,7 @@ def stripes(count):
     labels = np.arange(count, dtype=np.int32) % 10
     images = np.zeros((count, 28, 28), np.uint8)
     images[np.arange(count), 18 + labels] = 255
-    return as_arrays(Split(images, labels))
+    return on_device(Split(images, labels))
 
 
 def initial_state(model, recipe, train_set, keys):

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from experiments import markdown
 from experiments.depth.measure import Row, first_of_each_class, step_seconds, t_interval
 from experiments.depth.parameters import KINDS, count, formula, make_model, total
-from experiments.short_training import Recipe, accuracy, as_arrays, train
+from experiments.short_training import Recipe, accuracy, on_device, train
 from experiments.usage import (
     DatasetName,
     UsageError,
@@ -113,7 +113,7 @@ def run(options: Options) -> None:
         f"{builder.name}: {len(chosen.labels):,} training and {len(test.labels):,} test images; "
         f"{options.hidden_size} units, {options.epochs} epochs, {options.seeds} seeds\n"
     )
-    rows = compare(options, as_arrays(chosen), as_arrays(test))
+    rows = compare(options, on_device(chosen), on_device(test))
     print(table(rows, options.hidden_size))
 
     test_images = f"{len(test.labels):,} images of {builder.name}"

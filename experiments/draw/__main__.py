@@ -13,10 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import absl.logging
 import tyro
 
-from experiments.restored import RestoredRun, read_config, restore_run
+from experiments.restored import RestoredRun, restore_row_reader
 from experiments.run_files import RunFilesError
 from experiments.usage import UsageError, check_packages, fail
 from lstm_flax.checkpoints import CheckpointError
@@ -39,14 +38,10 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve the page from a command line, until Ctrl-C; returns the exit status."""
     options = tyro.cli(Options, prog="python -m experiments.draw", description=__doc__, args=argv)
-    absl.logging.set_verbosity(absl.logging.FATAL)  # what Orbax logs as errors, it also raises
     try:
         check_packages("draw", "nicegui", "matplotlib")
         port = find_port(options)
-        sequence = read_config(options.workdir).sequence
-        if sequence != "rows":
-            raise UsageError(f"the run in {options.workdir} reads {sequence}, not rows")
-        trained = restore_run(options.workdir)
+        trained = restore_row_reader(options.workdir)
     except (UsageError, RunFilesError, CheckpointError) as error:
         return fail(error)
     serve(trained, options.host, port, options.browser)

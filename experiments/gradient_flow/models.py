@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from flax.training.train_state import TrainState
 
-from experiments.short_training import as_arrays
+from experiments.short_training import on_device
 from lstm_flax import Keys, LSTMStack, RNNStack, SequenceClassifier, training
 from lstm_flax.data import Split
 from lstm_flax.training import Batch
@@ -76,13 +76,13 @@ def _with_layer(params: Any, layer: Any) -> Any:
 def as_rows(split: Split, blank: int = 0) -> Batch:
     """Digits as 28 rows of 28 pixels, uint8 [n, 28 + blank, 28], `blank` empty rows at the end."""
     images = np.pad(split.images, ((0, 0), (0, blank), (0, 0)))
-    return as_arrays(Split(images, split.labels))
+    return on_device(Split(images, split.labels))
 
 
 def as_pixels(split: Split) -> Batch:
     """Digits as 784 single pixels, row by row, uint8 [n, 784, 1]."""
     images = split.images.reshape(len(split.images), -1, 1)
-    return as_arrays(Split(images, split.labels))
+    return on_device(Split(images, split.labels))
 
 
 def start(

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import absl.logging
 import tyro
 
 from experiments.read_digit.reading import (
@@ -24,7 +23,7 @@ from experiments.read_digit.reading import (
     report,
     settled_row,
 )
-from experiments.restored import RestoredRun, classify, restore_run
+from experiments.restored import RestoredRun, classify, restore_row_reader
 from experiments.run_files import RunFilesError
 from experiments.usage import UsageError, check_at_least, check_packages, fail, make_folder
 from lstm_flax import data
@@ -55,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = tyro.cli(
         Options, prog="python -m experiments.read_digit", description=__doc__, args=argv
     )
-    absl.logging.set_verbosity(absl.logging.FATAL)  # what Orbax logs as errors, it also raises
     try:
         check(options)
         run(options)
@@ -76,9 +74,7 @@ def check(options: Options) -> None:
 
 def run(options: Options) -> None:
     """Restore the run, read the digit, find the mistakes; print and draw."""
-    trained = restore_run(options.workdir)
-    if trained.config.sequence != "rows":
-        raise UsageError(f"the run in {options.workdir} reads {trained.config.sequence}, not rows")
+    trained = restore_row_reader(options.workdir)
     dataset = trained.config.dataset
     test = data.read_split(data.prepare(dataset, options.data_dir, options.manual_dir), "test")
     if options.index >= len(test.labels):

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import absl.logging
 import tyro
 
 from experiments.report.gather import gather, read_test_sets
@@ -39,7 +38,6 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write a report from a command line; returns the exit status."""
     options = tyro.cli(Options, prog="python -m experiments.report", description=__doc__, args=argv)
-    absl.logging.set_verbosity(absl.logging.FATAL)  # what Orbax logs as errors, it also raises
     try:
         check(options)
         run(options)

@@ -33,6 +33,11 @@ class Split(NamedTuple):
     images: np.ndarray  # uint8 [n, 28, 28]
     labels: np.ndarray  # int32 [n]
 
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """By name, as a training takes them."""
+        return {"image": self.images, "label": self.labels}
+
 
 def prepare(
     name: str,

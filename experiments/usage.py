@@ -1,5 +1,6 @@
 """What the experiments' command lines have in common: names, and refusing in one clear line."""
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -7,6 +8,24 @@ from typing import Any, Literal
 
 DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "mnist5k"]
 """What can be learnt; auto is mnist, or mnist5k where mnist can't be had."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataPlaces:
+    """Flags that say where a dataset's files are, with their defaults."""
+
+    data_dir: Path | None = None
+    """tfds's folder; None is tfds's own default."""
+    manual_dir: Path | None = None
+    """Folder with the dataset's four original IDX .gz files, in place of a download."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataFlags(DataPlaces):
+    """Flags that say which dataset to take too, with their defaults."""
+
+    dataset: DatasetName = "auto"
+    """What to learn; auto is mnist, or mnist5k where mnist can't be had."""
 
 
 class UsageError(Exception):

@@ -27,7 +27,7 @@ from experiments.depth.measure import Row, first_of_each_class, step_seconds, t_
 from experiments.depth.parameters import KINDS, count, formula, make_model, total
 from experiments.short_training import Recipe, accuracy, on_device, train
 from experiments.usage import (
-    DatasetName,
+    DataFlags,
     UsageError,
     check_at_least,
     check_packages,
@@ -40,7 +40,7 @@ from lstm_flax.training import Batch, Keys, create_train_state
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(DataFlags):
     """The flags, with their defaults."""
 
     layers: tuple[int, ...] = (1, 2, 3)
@@ -59,12 +59,6 @@ class Options:
     """Training images, the first ones of each class; the same for all seeds."""
     rounds: int = 15
     """Turns of each model when train steps are timed; the median counts."""
-    dataset: DatasetName = "auto"
-    """What to learn; auto is mnist, or mnist5k where mnist can't be had."""
-    data_dir: Path | None = None
-    """tfds's folder; None is tfds's own default."""
-    manual_dir: Path | None = None
-    """Folder with the dataset's four original IDX .gz files, in place of a download."""
     figures: Path = Path("experiments/figures")
     """Folder of the figures."""
 

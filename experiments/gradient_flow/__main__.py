@@ -37,7 +37,7 @@ from experiments.gradient_flow.memory import BLANK_ROWS, accuracies
 from experiments.gradient_flow.models import all_variants, as_pixels, as_rows, rnns
 from experiments.short_training import Recipe
 from experiments.usage import (
-    DatasetName,
+    DataFlags,
     UsageError,
     check_at_least,
     check_packages,
@@ -49,19 +49,13 @@ from lstm_flax.data import DataError, Split
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(DataFlags):
     """The flags, with their defaults."""
 
     figures: Path = Path("experiments/figures")
     """Folder for the figures and their data."""
     part: Literal["all", "flow", "clipping", "memory"] = "all"
     """What to measure."""
-    dataset: DatasetName = "auto"
-    """What to read, as for experiments.mnist_lstm."""
-    data_dir: Path | None = None
-    """tfds's folder; None is tfds's own default."""
-    manual_dir: Path | None = None
-    """Folder with the dataset's four original IDX .gz files, in place of a download."""
     images: int = 4000
     """Training images, the first so many; all where there are fewer."""
     test_images: int = 1000

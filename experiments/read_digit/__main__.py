@@ -25,14 +25,21 @@ from experiments.read_digit.reading import (
 )
 from experiments.restored import RestoredRun, classify, restore_row_reader
 from experiments.run_files import RunFilesError
-from experiments.usage import UsageError, check_at_least, check_packages, fail, make_folder
+from experiments.usage import (
+    DataPlaces,
+    UsageError,
+    check_at_least,
+    check_packages,
+    fail,
+    make_folder,
+)
 from lstm_flax import data
 from lstm_flax.checkpoints import CheckpointError
 from lstm_flax.data import DataError, Split
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(DataPlaces):
     """The flags, with their defaults."""
 
     workdir: Path = Path("runs/mnist_lstm")
@@ -43,10 +50,6 @@ class Options:
     """How many of the wrongly read test images to show; 0: none."""
     figures: Path | None = None
     """Folder of the figures; None is the folder figures in the workdir."""
-    data_dir: Path | None = None
-    """tfds's folder; None is tfds's own default."""
-    manual_dir: Path | None = None
-    """Folder with the dataset's four original IDX .gz files, in place of a download."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

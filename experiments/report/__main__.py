@@ -18,21 +18,17 @@ import tyro
 from experiments.report.gather import gather, read_test_sets
 from experiments.restored import read_config
 from experiments.run_files import RunFilesError, writing
-from experiments.usage import UsageError, check_packages, fail
+from experiments.usage import DataPlaces, UsageError, check_packages, fail
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(DataPlaces):
     """The flags, with their defaults."""
 
     workdirs: tyro.conf.Positional[tuple[Path, ...]]
     """Where the runs live; they may be training still, and go on undisturbed."""
     output: Path | None = None
     """The page; None is report.html in the first workdir."""
-    data_dir: Path | None = None
-    """tfds's folder; None is tfds's own default."""
-    manual_dir: Path | None = None
-    """Folder with the dataset's four original IDX .gz files, in place of a download."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -66,10 +66,10 @@ class Progress:
     def __exit__(self, *exception) -> None:
         self._bar.close()
 
-    def advance(self, images: int, loss: float) -> None:
-        """Say that `images` more were trained on, at a mean loss over the epoch so far."""
+    def advance(self, done: int, loss: float) -> None:
+        """Say how many images were trained on, and the mean loss over the epoch so far."""
         self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        self._bar.update(images)
+        self._bar.update(done - self._bar.n)
 
     def epoch(self, record: dict[str, Any], epochs: int) -> None:
         """Print an epoch's line."""

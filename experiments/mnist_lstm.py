@@ -8,33 +8,28 @@ cores.
 
 import dataclasses
 import logging
-import os
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
+import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
 
-from experiments import environment, loop, run_files
+from experiments import environment, from_config, loop, processes, run_files
 from experiments.config import Config, of_the_run, parse
 from experiments.console import print_summary, quiet_orbax, warn, without_echoes
-from experiments.loop import Position, Run, TrainingError
+from experiments.loop import TrainingError
+from experiments.position import Position, Run, resume
 from experiments.run_files import RunFilesError
 from experiments.stopping import Stopped, StopRequests, stop_requests
-from experiments.usage import UsageError, fail
+from experiments.usage import UsageError
 from lstm_flax import checkpoints, data, training
 from lstm_flax.checkpoints import CheckpointError
 from lstm_flax.data import DataError
-from lstm_flax.models import LSTMClassifier, SequenceClassifier
 from lstm_flax.training import Keys
-
-LOST_PROCESS_SECONDS = 30
-"""How long a process that shows no sign of life may stay away before the others give up."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,61 +40,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stop_requests() as stop, without_echoes():
             run(parse(argv), stop)
     except (UsageError, RunFilesError, TrainingError, DataError, CheckpointError) as error:
-        return failed(error)
+        return processes.fail(error)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        return failed(UsageError(str(error).splitlines()[0]))
+        return processes.fail(UsageError(str(error).splitlines()[0]))
     except Stopped as stopped:
         print(f"stopped by {stopped}: the same command goes on from there", file=sys.stderr)
         return 128 + stopped.signal
     return 0
 
 
-def failed(error: Exception) -> int:
-    """Say in one line why the experiment ends; returns the exit status."""
-    if jax.process_count() == 1:
-        return fail(error)
-    hint = "if another process was lost, start all of them again: they go on from the last save"
-    print(f"error: {error}; {hint}", file=sys.stderr, flush=True)
-    os._exit(2)  # JAX would wait for the other processes, and those perhaps for this one
-
-
 def run(config: Config, stop: StopRequests) -> None:
     """Train, or go on training, then evaluate the result; or only evaluate."""
-    if config.distributed:
-        # Else JAX would take SIGTERM for itself; `loop.Pace` tells all processes of it.
-        jax.config.update("jax_enable_preemption_service", False)
-        jax.distributed.initialize(
-            config.coordinator,
-            config.num_processes,
-            config.process_id,
-            heartbeat_timeout_seconds=LOST_PROCESS_SECONDS,
-        )
-    with ExitStack() as stack:
-        if jax.process_index() > 0:  # the first process speaks for all
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(redirect_stdout(nowhere))
-        stack.enter_context(jax.set_mesh(training.data_mesh()))
+    with processes.joined(config):
         builder = data.prepare(config.dataset, config.data_dir, config.manual_dir)
         config = dataclasses.replace(config, dataset=builder.name)
         splits = load_splits(config, builder)
         check_batch_size(config, splits)
-        if not config.eval_only:
-            stack.enter_context(run_files.lock(config.workdir))
-        manager = stack.enter_context(
-            checkpoints.open_checkpoints(
-                run_files.checkpoints_path(config.workdir), read_only=config.eval_only
-            )
-        )
-        datasets = training.replicate({name: s.arrays for name, s in splits.items()})
+        datasets = training.replicate({name: split.arrays for name, split in splits.items()})
         keys = training.replicate(Keys.from_seed(config.seed))
-        run = Run(config, datasets, keys, manager)
-        fresh = loop.start(create_state(run))
-        describe(run, fresh)
-        if not config.eval_only:
-            train(run, fresh, stop)
-        evaluate_result(run, fresh)
+        with open_workdir(config) as manager:
+            run = Run(config, datasets, keys, manager)
+            num_images = len(splits["train"].labels)
+            state = from_config.train_state(config, num_images, keys.init)
+            describe(run, state)
+            if not config.eval_only:
+                train(run, state, stop)
+            evaluate_result(run, state)
 
 
 def load_splits(config: Config, builder) -> dict[str, data.Split]:
@@ -125,44 +93,22 @@ def check_batch_size(config: Config, splits: dict[str, data.Split]) -> None:
         )
 
 
-def make_model(config: Config) -> SequenceClassifier:
-    """The classifier that the flags describe."""
-    is_float32 = config.precision == "float32"
-    return LSTMClassifier(
-        config.hidden_size,
-        config.num_layers,
-        dtype=jnp.dtype(config.precision),
-        dropout=config.dropout,
-        # Else a TPU would round float32 operands to bfloat16, and a GPU to TensorFloat-32.
-        precision=jax.lax.Precision.HIGHEST if is_float32 else None,
-    )
+@contextmanager
+def open_workdir(config: Config) -> Iterator[ocp.CheckpointManager]:
+    """Open the run's checkpoints, kept from other runs while this one may write them."""
+    with ExitStack() as stack:
+        if not config.eval_only:
+            stack.enter_context(run_files.lock(config.workdir))
+        path = run_files.checkpoints_path(config.workdir)
+        yield stack.enter_context(checkpoints.open_checkpoints(path, read_only=config.eval_only))
 
 
-def make_optimizer(config: Config, num_images: int) -> optax.GradientTransformation:
-    """The optimiser, whose schedule spans all epochs over so many images."""
-    tx = training.onecycle_adamw(
-        config.learning_rate,
-        config.epochs * training.steps_per_epoch(num_images, config.batch_size),
-        weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm,
-    )
-    return training.spread_state(tx) if config.shard_optimizer else tx
-
-
-def create_state(run: Run) -> TrainState:
-    """The state at step 0."""
-    images = run.datasets["train"]["image"]
-    model, tx = make_model(run.config), make_optimizer(run.config, len(images))
-    sample = loop.reading(run.config)(training.to_floats(images[:1]))
-    return training.create_train_state(model, tx, sample, run.keys.init)
-
-
-def describe(run: Run, position: Position) -> None:
+def describe(run: Run, state: TrainState) -> None:
     """Print what the run is about to work on."""
     config = run.config
     names = [name for name in ("train", "validation", "test") if name in run.datasets]
     images = ", ".join(f"{len(run.datasets[name]['label']):,} {name}" for name in names)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(position.state.params))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     print(f"data    {config.dataset}: {images} images")
     print(
         f"model   {config.num_layers} layers x {config.hidden_size}, "
@@ -171,17 +117,17 @@ def describe(run: Run, position: Position) -> None:
     print(f"device  {environment.device_name()}")
 
 
-def train(run: Run, fresh: Position, stop: StopRequests) -> None:
-    """Train from the newest intact checkpoint, or from the start, to the last epoch."""
-    position, config = loop.resume(run, fresh), run.config
+def train(run: Run, fresh: TrainState, stop: StopRequests) -> None:
+    """Train from the newest intact checkpoint, or from a fresh state, to the last epoch."""
+    position, config = resume(run, Position.at_start(fresh)), run.config
     # Whatever happened to these files, the checkpoint knows what they held.
     run_files.write_json(run_files.config_path(config.workdir), of_the_run(config))
     run_files.write_metrics(config.workdir, position.records)
-    if len(position.records) >= config.epochs:
+    if position.epochs >= config.epochs:
         print(f"run     finished at step {position.step}; evaluating it")
         return
     if position.step:
-        print(f"run     resuming from step {position.step}, in epoch {len(position.records) + 1}")
+        print(f"run     resuming from step {position.step}, in epoch {position.epochs + 1}")
     record_start(config.workdir, position.step)
     loop.train(run, position, stop)
 
@@ -194,16 +140,16 @@ def record_start(workdir: Path, step: int) -> None:
         warn(str(error))
 
 
-def evaluate_result(run: Run, fresh: Position) -> None:
+def evaluate_result(run: Run, like: TrainState) -> None:
     """Restore the result, or the step asked for, evaluate it, and say and write what it is."""
-    config, manager = run.config, run.manager
+    config, manager, tree = run.config, run.manager, Position.at_start(like).tree
     if config.step is None:
         steps = checkpoints.result_steps(manager)
-        restored, damages = checkpoints.restore_first(manager, fresh.tree, steps)
+        restored, damages = checkpoints.restore_first(manager, tree, steps)
         if damages:
             warn(f"evaluating step {restored.step} ({'; '.join(map(str, damages))})")
     else:
-        restored = checkpoints.restore(manager, fresh.tree, config.step)
+        restored = checkpoints.restore(manager, tree, config.step)
     state = restored.tree["state"]
     metrics = loop.evaluate(run, state, "test")
     evaluation = {

@@ -8,17 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import loop, mnist_lstm, run_files
+from experiments import from_config, run_files
 from experiments.config import Config
 from experiments.console import quiet_orbax, warn
+from experiments.position import Position
 from experiments.run_files import RunFilesError
 from experiments.usage import UsageError
 from lstm_flax import checkpoints, training
 from lstm_flax.models import SequenceClassifier
-from lstm_flax.training import Keys
-
-IMAGE_SHAPE = (28, 28)
-"""Rows and pixels a row of every dataset's images."""
 
 
 class RestoredRun(NamedTuple):
@@ -49,12 +46,13 @@ def restore_run(workdir: Path) -> RestoredRun:
         jax.set_mesh(training.data_mesh()),
         checkpoints.open_checkpoints(directory, read_only=True) as manager,
     ):
-        model, like = fresh_model(config)
-        restored, damages = checkpoints.restore_first(
-            manager, like, checkpoints.result_steps(manager)
-        )
+        # How many images the schedule spans is no part of the state.
+        fresh = from_config.train_state(config, config.batch_size, jax.random.key(0))
+        like, steps = Position.at_start(fresh).tree, checkpoints.result_steps(manager)
+        restored, damages = checkpoints.restore_first(manager, like, steps)
     if damages:
         warn(f"using step {restored.step} ({'; '.join(map(str, damages))})")
+    model = from_config.model(config)
     return RestoredRun(config, model, restored.tree["state"].params, restored.step)
 
 
@@ -65,7 +63,7 @@ def classify(run: RestoredRun, images: np.ndarray) -> np.ndarray:
     which sums are rounded depends on it, so with another one a doubtful answer might not be the one
     that it was evaluated by.
     """
-    read, batch_size = loop.reading(run.config), run.config.batch_size
+    read, batch_size = from_config.reading(run.config), run.config.batch_size
 
     @jax.jit
     def classify_batch(images: jax.Array) -> jax.Array:
@@ -107,21 +105,3 @@ def read_config(workdir: Path) -> Config:
         return dataclasses.replace(Config(workdir=workdir), **stored)
     except TypeError as error:
         raise RunFilesError(f"{run_files.config_path(workdir)}: {error}") from error
-
-
-def count_parameters(config: Config) -> int:
-    """How many parameters a run's model has; none is made."""
-    images = jax.ShapeDtypeStruct((1, *IMAGE_SHAPE), jnp.float32)
-    sample = jax.eval_shape(loop.reading(config), images)
-    variables = jax.eval_shape(mnist_lstm.make_model(config).init, jax.random.key(0), sample)
-    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-
-
-def fresh_model(config: Config) -> tuple[SequenceClassifier, dict[str, Any]]:
-    """A run's model, and a tree of the structure, shapes and dtypes of its checkpoints."""
-    model = mnist_lstm.make_model(config)
-    # How many images the schedule spans is no part of the optimiser's state.
-    tx = mnist_lstm.make_optimizer(config, num_images=config.batch_size)
-    sample = loop.reading(config)(jnp.zeros((1, *IMAGE_SHAPE)))
-    state = training.create_train_state(model, tx, sample, Keys.from_seed(config.seed).init)
-    return model, loop.start(state).tree

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import run_files
+from experiments import from_config, run_files
 from experiments.config import Config, of_the_run
 from experiments.read_digit.reading import Mistakes, find_mistakes
-from experiments.restored import classify, count_parameters, read_config, restore_run
+from experiments.restored import classify, read_config, restore_run
 from lstm_flax import data
 from lstm_flax.checkpoints import CheckpointError
 from lstm_flax.data import DataError, Split
@@ -81,7 +81,7 @@ def gather(workdir: Path, test_sets: Mapping[str, Split | DataError]) -> Gathere
     except (CheckpointError, DataError) as error:
         missing.append(f"its confusion matrix and its mistakes: {error}")
     score = score_of(result) or evaluated_score(workdir) or last_score(records)
-    parameters = count_parameters(config)
+    parameters = from_config.count_parameters(config)
     return Gathered(workdir, config, records, starts, parameters, result, score, missing)
 
 

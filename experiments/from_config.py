@@ -1,0 +1,75 @@
+"""What a run's flags describe, made: its model, its optimiser, how it reads and distorts images."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training.train_state import TrainState
+
+from experiments.config import Config
+from lstm_flax import readings, training
+from lstm_flax.augment import distort
+from lstm_flax.models import LSTMClassifier, SequenceClassifier
+from lstm_flax.training import Augment, Reading
+
+IMAGE_SHAPE = (28, 28)
+"""Rows and pixels a row of every dataset's images."""
+
+
+def model(config: Config) -> SequenceClassifier:
+    """The classifier."""
+    is_float32 = config.precision == "float32"
+    return LSTMClassifier(
+        config.hidden_size,
+        config.num_layers,
+        dtype=jnp.dtype(config.precision),
+        dropout=config.dropout,
+        # Else a TPU would round float32 operands to bfloat16, and a GPU to TensorFloat-32.
+        precision=jax.lax.Precision.HIGHEST if is_float32 else None,
+    )
+
+
+def optimizer(config: Config, num_images: int) -> optax.GradientTransformation:
+    """The optimiser, whose schedule spans all epochs over so many images."""
+    tx = training.onecycle_adamw(
+        config.learning_rate,
+        config.epochs * training.steps_per_epoch(num_images, config.batch_size),
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+    )
+    return training.spread_state(tx) if config.shard_optimizer else tx
+
+
+def reading(config: Config) -> Reading:
+    """How images become sequences."""
+    match config.sequence:
+        case "rows":
+            return readings.rows
+        case "pixels":
+            return readings.pixels
+        case "permuted":
+            return readings.permuted_pixels
+
+
+def augment(config: Config) -> Augment | None:
+    """How the training images are distorted."""
+    return partial(distort, elastic=config.elastic) if config.augment else None
+
+
+def train_state(config: Config, num_images: int, key: jax.Array) -> TrainState:
+    """The state at step 0 of a training on so many images; `key` draws the parameters."""
+    tx = optimizer(config, num_images)
+    return training.create_train_state(model(config), tx, _sample(config), key)
+
+
+def count_parameters(config: Config) -> int:
+    """How many parameters the model has; none is made."""
+    sample = jax.eval_shape(lambda: _sample(config))
+    variables = jax.eval_shape(model(config).init, jax.random.key(0), sample)
+    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+
+
+def _sample(config: Config) -> jax.Array:
+    """A sequence of the shape and dtype that the model is given."""
+    return reading(config)(jnp.zeros((1, *IMAGE_SHAPE)))

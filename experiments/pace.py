@@ -1,0 +1,45 @@
+"""How long a run trains before it looks up: to show how far it is, to save, or to stop."""
+
+import time
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from experiments.stopping import StopRequests
+
+SECONDS_A_CALL = 1.0
+"""How long one compiled call trains, about."""
+
+
+class Pace:
+    """How many steps the next call takes, whether to save before it, and whether to stop.
+
+    Calls grow to about `SECONDS_A_CALL`, and end where a checkpoint is due. All processes keep the
+    same pace, the first one's; a request to stop may come to any of them.
+    """
+
+    def __init__(self, every_steps: int | None, every_seconds: float | None, stop: StopRequests):
+        self.steps = 1
+        self.is_save_due = False
+        self.stop_signal = 0
+        self._every_steps, self._every_seconds = every_steps, every_seconds
+        self._stop = stop
+        self._saved = time.perf_counter()
+
+    def after_call(self, step: int, steps: int, seconds: float) -> None:
+        """Set the pace after a call that took so many steps and seconds, up to `step`."""
+        steps = max(1, round(steps * SECONDS_A_CALL / seconds))
+        is_due = False
+        if self._every_steps:
+            is_due = step % self._every_steps == 0
+            steps = min(steps, self._every_steps - step % self._every_steps)
+        elif self._every_seconds:
+            is_due = time.perf_counter() - self._saved >= self._every_seconds
+        agreed = np.array([[steps, is_due, self._stop.asked]])
+        if jax.process_count() > 1:
+            agreed = multihost_utils.process_allgather(agreed[0])
+        self.steps, self.is_save_due = int(agreed[0, 0]), bool(agreed[0, 1])
+        self.stop_signal = int(agreed[:, 2].max())
+        if self.is_save_due:
+            self._saved = time.perf_counter()

@@ -1,0 +1,104 @@
+"""How far a run is: saved as a checkpoint, and gone on from."""
+
+from typing import Any, NamedTuple
+
+import orbax.checkpoint as ocp
+from flax.training.train_state import TrainState
+
+from experiments import run_files
+from experiments.config import Config, differences, of_the_run
+from experiments.console import warn
+from lstm_flax import checkpoints, training
+from lstm_flax.training import Batch, Keys, Metrics
+
+
+class Run(NamedTuple):
+    """What a run works with from its start to its end."""
+
+    config: Config
+    datasets: dict[str, Batch]  # "train", "test" and, where images are held out, "validation"
+    keys: Keys
+    manager: ocp.CheckpointManager
+
+
+class Position(NamedTuple):
+    """How far a run is; with the `Run`, all that its future depends on."""
+
+    state: TrainState
+    metrics: Metrics  # of the epoch so far
+    records: list[dict[str, Any]]  # a line of metrics.jsonl for each epoch that is done
+    training_seconds: float = 0.0  # of the epoch so far
+
+    @classmethod
+    def at_start(cls, state: TrainState) -> "Position":
+        """Of a run that has taken no step."""
+        return cls.at_start_of_epoch(state, [])
+
+    @classmethod
+    def at_start_of_epoch(cls, state: TrainState, records: list[dict[str, Any]]) -> "Position":
+        """Of a run between two epochs."""
+        return cls(state, training.replicate(Metrics.zero()), records)
+
+    @property
+    def tree(self) -> dict[str, Any]:
+        """The arrays, as a checkpoint holds them."""
+        return {"state": self.state, "metrics": self.metrics}
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return int(self.state.step)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that are done."""
+        return len(self.records)
+
+    @property
+    def images(self) -> int:
+        """Images that were trained on in the epoch so far."""
+        return int(self.metrics.count)
+
+    @property
+    def loss(self) -> float:
+        """Mean training loss over the epoch so far."""
+        return float(self.metrics.loss)
+
+
+def resume(run: Run, fresh: Position) -> Position:
+    """Position of the newest checkpoint that is intact, or `fresh` where there is none at all.
+
+    Newer ones that are damaged are moved out of the way, and that is said.
+
+    Raises:
+        CheckpointError: all checkpoints are damaged, or they are another run's.
+    """
+    steps = sorted(run.manager.all_steps(), reverse=True)
+    if not steps:
+        return fresh
+    restored, damages = checkpoints.restore_first(run.manager, fresh.tree, steps)
+    about = restored.about
+    if differing := differences(run.config, about["config"]):
+        raise checkpoints.CheckpointError(
+            f"the checkpoints in {run.manager.directory} are another run's: {'; '.join(differing)}"
+        )
+    if damages:
+        damaged = [step for step in steps if step > restored.step]
+        folder = run_files.set_aside(run.config.workdir, damaged)
+        run.manager.reload()
+        warn(f"moved damaged checkpoints to {folder} ({'; '.join(map(str, damages))})")
+    return Position(
+        **restored.tree, records=about["records"], training_seconds=about["training_seconds"]
+    )
+
+
+def save(run: Run, position: Position) -> None:
+    """Start saving a position as a checkpoint."""
+    about = {
+        "config": of_the_run(run.config),
+        "records": position.records,
+        "training_seconds": position.training_seconds,
+    }
+    is_between_epochs = position.images == 0
+    metrics = position.records[-1] if is_between_epochs else {}
+    checkpoints.save(run.manager, position.step, position.tree, about, metrics)

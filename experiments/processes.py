@@ -1,0 +1,44 @@
+"""The processes that train one model, often just one: how they join, and how one ends."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+import jax
+
+from experiments import usage
+from experiments.config import Config
+from lstm_flax import training
+
+LOST_PROCESS_SECONDS = 30
+"""How long a process that shows no sign of life may stay away before the others give up."""
+
+
+@contextlib.contextmanager
+def joined(config: Config) -> Iterator[None]:
+    """Put a mesh of all processes' devices in force; the first process speaks for all."""
+    if config.distributed:
+        # Else JAX would take SIGTERM for itself; `Pace` tells all processes of it.
+        jax.config.update("jax_enable_preemption_service", False)
+        jax.distributed.initialize(
+            config.coordinator,
+            config.num_processes,
+            config.process_id,
+            heartbeat_timeout_seconds=LOST_PROCESS_SECONDS,
+        )
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() > 0:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        stack.enter_context(jax.set_mesh(training.data_mesh()))
+        yield
+
+
+def fail(error: Exception) -> int:
+    """Say in one line why the experiment ends; returns the exit status, where it returns."""
+    if jax.process_count() == 1:
+        return usage.fail(error)
+    hint = "if another process was lost, start all of them again: they go on from the last save"
+    print(f"error: {error}; {hint}", file=sys.stderr, flush=True)
+    os._exit(2)  # JAX would wait for the other processes, and those perhaps for this one

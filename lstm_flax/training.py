@@ -141,6 +141,13 @@ def onecycle_adamw(
 
     The rate climbs to its peak over the first three tenths of `total_steps` and falls to almost
     nothing by their end, along cosines (Smith and Topin, "Super-Convergence", 2018).
+
+    Args:
+        peak_learning_rate: the largest learning rate.
+        total_steps: steps of the whole training.
+        weight_decay: decoupled (Loshchilov and Hutter, "Decoupled Weight Decay Regularization",
+            2019): each step takes `learning_rate * weight_decay` of every parameter off it.
+        clip_norm: the largest global norm of the gradients; larger ones are scaled down to it.
     """
     schedule = optax.cosine_onecycle_schedule(total_steps, peak_learning_rate)
     return optax.chain(
@@ -224,7 +231,13 @@ def train_step(
 
 @partial(jax.jit, static_argnames="read")
 def eval_step(state: TrainState, batch: Batch, read: Reading = rows) -> Metrics:
-    """Metrics of one batch, without dropout or augmentation."""
+    """Metrics of one batch, without dropout or augmentation.
+
+    Args:
+        state: whose parameters are evaluated.
+        batch: images, labels and mask, as the module describes them.
+        read: as in `train_step`.
+    """
     logits = state.apply_fn({"params": state.params}, read(to_floats(batch["image"])))
     return Metrics.of(logits, batch["label"], batch["mask"])
 
@@ -295,7 +308,14 @@ def train_steps(
 
 @partial(jax.jit, static_argnames=("batch_size", "read"))
 def evaluate(state: TrainState, data: Batch, *, batch_size: int, read: Reading = rows) -> Metrics:
-    """Metrics over a whole dataset, every example of it, in one call."""
+    """Metrics over a whole dataset, every example of it, in one call.
+
+    Args:
+        state: whose parameters are evaluated.
+        data: the images and labels, in any number.
+        batch_size: images at a time.
+        read: as in `train_step`.
+    """
     num_examples = data["label"].shape[0]
     order = jnp.arange(num_examples)
 

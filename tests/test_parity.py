@@ -210,9 +210,11 @@ def test_what_pytorch_has_no_place_for_is_named():
         to_torch(params)
 
 
+@pytest.mark.slow
 @needs_torch
-def test_the_readmes_examples_run_and_equal_torch():
+def test_the_readmes_examples_run_and_equal_torch(tmp_path, monkeypatch):
     """All its Python blocks, top to bottom, in one namespace."""
+    monkeypatch.chdir(tmp_path)
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     names = {}
     with jax.numpy_dtype_promotion("standard"):
@@ -221,3 +223,4 @@ def test_the_readmes_examples_run_and_equal_torch():
     expected, _ = names["torch_lstm"](names["torch"].ones(names["x"].shape))
     np.testing.assert_allclose(names["outputs"], expected.detach().numpy(), atol=1e-6)
     assert names["forget"].shape == (32, 28, 64)
+    assert names["state"].step == 12

@@ -42,23 +42,9 @@ def build_torch(case: Case, mode: str, how: str = "eager") -> Call:
     device = _torch_device()
     images = torch.from_numpy(examples(case)[0]).to(device)
     labels = torch.from_numpy(examples(case)[1]).long().to(device)
-    layers, head = weights(case)
     rnn = torch.nn.LSTM(case.features, case.hidden, case.layers, batch_first=True).to(device)
-    lin = torch.nn.Linear(case.hidden, len(head["bias"])).to(device)
-
-    def load_weights():
-        for k, layer in enumerate(layers):
-            for name in ("ih", "hh"):
-                getattr(rnn, f"weight_{name}_l{k}").copy_(
-                    torch.from_numpy(layer[f"kernel_{name}"].T)
-                )
-            getattr(rnn, f"bias_ih_l{k}").copy_(torch.from_numpy(layer["bias"]))
-            getattr(rnn, f"bias_hh_l{k}").zero_()
-        lin.weight.copy_(torch.from_numpy(head["kernel"].T))
-        lin.bias.copy_(torch.from_numpy(head["bias"]))
-
-    with torch.no_grad():
-        load_weights()
+    lin = torch.nn.Linear(case.hidden, len(weights(case)[1]["bias"])).to(device)
+    _load_weights(case, rnn, lin)
 
     def logits():
         return lin(rnn(images)[0][:, -1])
@@ -82,9 +68,24 @@ def build_torch(case: Case, mode: str, how: str = "eager") -> Call:
     if how != "graph":
         return call
     replay = _as_cuda_graph(call)
-    with torch.no_grad():
-        load_weights()  # recording has trained
+    _load_weights(case, rnn, lin)  # recording has trained
     return replay
+
+
+def _load_weights(case: Case, rnn, lin) -> None:
+    """Set an `nn.LSTM` and an `nn.Linear` to the weights that all peers start from."""
+    import torch
+
+    layers, head = weights(case)
+    with torch.no_grad():
+        for k, layer in enumerate(layers):
+            for name in ("ih", "hh"):
+                kernel = torch.from_numpy(layer[f"kernel_{name}"].T)
+                getattr(rnn, f"weight_{name}_l{k}").copy_(kernel)
+            getattr(rnn, f"bias_ih_l{k}").copy_(torch.from_numpy(layer["bias"]))
+            getattr(rnn, f"bias_hh_l{k}").zero_()
+        lin.weight.copy_(torch.from_numpy(head["kernel"].T))
+        lin.bias.copy_(torch.from_numpy(head["bias"]))
 
 
 def _as_cuda_graph(call: Call) -> Call:

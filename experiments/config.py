@@ -9,7 +9,14 @@ from typing import Any, Literal
 import tyro
 
 from experiments import run_files
-from experiments.usage import DatasetName, UsageError, check_packages
+from experiments.usage import (
+    DatasetName,
+    UsageError,
+    check,
+    check_at_least,
+    check_packages,
+    check_positive,
+)
 
 RecipeName = Literal["standard", "fast", "best"]
 """Of `RECIPES`."""
@@ -163,33 +170,21 @@ def of_the_run(config: Config) -> dict[str, int | float | str | bool]:
 
 
 def _check_bounds(config: Config) -> None:
-    for name in ("epochs", "batch_size", "hidden_size", "num_layers"):
-        _check(config, name, getattr(config, name) >= 1, "at least 1")
-    for name in ("seed", "validation_size"):
-        _check(config, name, getattr(config, name) >= 0, "at least 0")
-    for name in ("learning_rate", "clip_norm"):
-        value = getattr(config, name)
-        _check(config, name, math.isfinite(value) and value > 0, "a positive number")
-    decay = config.weight_decay
-    _check(config, "weight_decay", math.isfinite(decay) and decay >= 0, "at least 0")
-    smoothing, elastic = config.label_smoothing, config.elastic
-    _check(config, "label_smoothing", 0 <= smoothing < 1, "at least 0 and less than 1")
-    _check(config, "elastic", math.isfinite(elastic) and elastic >= 0, "at least 0")
-    _check(config, "dropout", 0 <= config.dropout < 1, "at least 0 and less than 1")
+    check_at_least(config, 1, "epochs", "batch_size", "hidden_size", "num_layers")
+    check_at_least(config, 0, "seed", "validation_size")
+    check_positive(config, "learning_rate", "clip_norm")
+    for name in ("weight_decay", "elastic"):
+        check(config, name, 0 <= getattr(config, name) < math.inf, "at least 0")
+    for name in ("label_smoothing", "dropout"):
+        check(config, name, 0 <= getattr(config, name) < 1, "at least 0 and less than 1")
     workdir = config.workdir
-    _check(config, "workdir", workdir.is_dir() or not workdir.exists(), "a folder")
+    check(config, "workdir", workdir.is_dir() or not workdir.exists(), "a folder")
     try:
         is_interval = all(value is None or value > 0 for value in config.save_interval)
     except ValueError:
         is_interval = False
-    _check(config, "checkpoint_every", is_interval, "steps, as in 500, or seconds, as in 60s")
+    check(config, "checkpoint_every", is_interval, "steps, as in 500, or seconds, as in 60s")
     for name in ("coordinator", "num_processes", "process_id"):
         given = getattr(config, name) is not None
-        _check(config, name, config.distributed or not given, "given with --distributed")
-    _check(config, "step", config.step is None or config.eval_only, "given with --eval-only")
-
-
-def _check(config: Config, name: str, holds: bool, must_be: str) -> None:
-    if not holds:
-        flag = name.replace("_", "-")
-        raise UsageError(f"--{flag} must be {must_be}, but is {getattr(config, name)}")
+        check(config, name, config.distributed or not given, "given with --distributed")
+    check(config, "step", config.step is None or config.eval_only, "given with --eval-only")

@@ -25,7 +25,7 @@ from experiments.loop import TrainingError
 from experiments.position import Position, Run, resume
 from experiments.run_files import RunFilesError
 from experiments.stopping import Stopped, StopRequests, stop_requests
-from experiments.usage import UsageError
+from experiments.usage import UsageError, check_fills_batch
 from lstm_flax import checkpoints, data, training
 from lstm_flax.checkpoints import CheckpointError
 from lstm_flax.data import DataError
@@ -82,11 +82,8 @@ def load_splits(config: Config, builder) -> dict[str, data.Split]:
 
 def check_batch_size(config: Config, splits: dict[str, data.Split]) -> None:
     """Refuse a batch that the data can't fill or the devices can't share."""
-    images, devices = len(splits["train"].labels), jax.device_count()
-    if config.batch_size > images:
-        raise UsageError(
-            f"--batch-size is {config.batch_size}, but there are only {images} training images"
-        )
+    check_fills_batch(config.batch_size, len(splits["train"].labels))
+    devices = jax.device_count()
     if config.batch_size % devices:
         raise UsageError(
             f"--batch-size is {config.batch_size}, which {devices} devices can't share equally"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,17 @@ def fail(error: Exception) -> int:
     return 2
 
 
+def check(options: Any, name: str, holds: bool, must_be: str) -> None:
+    """Check what an option must be.
+
+    Raises:
+        UsageError: it does not hold.
+    """
+    if not holds:
+        flag = name.replace("_", "-")
+        raise UsageError(f"--{flag} must be {must_be}, but is {getattr(options, name)}")
+
+
 def check_at_least(options: Any, lowest: int, *names: str) -> None:
     """Check that these options are at least so much.
 
@@ -45,10 +57,29 @@ def check_at_least(options: Any, lowest: int, *names: str) -> None:
         UsageError: one is less.
     """
     for name in names:
-        value = getattr(options, name)
-        if value < lowest:
-            flag = name.replace("_", "-")
-            raise UsageError(f"--{flag} must be at least {lowest}, but is {value}")
+        check(options, name, getattr(options, name) >= lowest, f"at least {lowest}")
+
+
+def check_positive(options: Any, *names: str) -> None:
+    """Check that these options are positive, and neither infinite nor NaN.
+
+    Raises:
+        UsageError: one is not.
+    """
+    for name in names:
+        check(options, name, 0 < getattr(options, name) < math.inf, "a positive number")
+
+
+def check_fills_batch(batch_size: int, images: int) -> None:
+    """Check that there are training images for a batch.
+
+    Raises:
+        UsageError: there are fewer.
+    """
+    if batch_size > images:
+        raise UsageError(
+            f"--batch-size is {batch_size}, but there are only {images} training images"
+        )
 
 
 def check_packages(extra: str, *packages: str, what: str = "this") -> None:

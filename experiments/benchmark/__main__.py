@@ -24,7 +24,14 @@ from experiments.benchmark import report
 from experiments.benchmark.cases import QUICK, STAR, Case, parse_case
 from experiments.benchmark.measure import MODES, Settings, measure
 from experiments.benchmark.peers import OURS, PEERS
-from experiments.usage import DatasetName, UsageError, check_at_least, check_packages, fail
+from experiments.usage import (
+    DatasetName,
+    UsageError,
+    check_at_least,
+    check_packages,
+    check_positive,
+    fail,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +92,7 @@ def check(options: Options) -> None:
         UsageError: a flag's value can't be used.
     """
     check_at_least(options, 1, "rounds", "job_rounds", "max_epochs")
-    if not 0 < options.seconds < float("inf"):
-        raise UsageError("--seconds must be a positive number")
+    check_positive(options, "seconds")
     if unknown := [peer for peer in options.peers if peer not in PEERS]:
         raise UsageError(f"--peers: {unknown[0]!r} is none of {', '.join(PEERS)}")
     if options.quick and options.cases:

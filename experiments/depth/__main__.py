@@ -14,7 +14,6 @@ minutes on 2 CPU cores that other work shares; the models take turns being timed
 """
 
 import dataclasses
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,9 @@ from experiments.usage import (
     DataFlags,
     UsageError,
     check_at_least,
+    check_fills_batch,
     check_packages,
+    check_positive,
     fail,
     make_folder,
 )
@@ -85,8 +86,7 @@ def check(options: Options) -> None:
         raise UsageError("--layers must be numbers of at least 1")
     if options.seeds < 2:
         raise UsageError("--seeds must be at least 2: one alone has no interval")
-    if not 0 < options.learning_rate < math.inf:
-        raise UsageError("--learning-rate must be a positive number")
+    check_positive(options, "learning_rate")
     check_packages("figures", "matplotlib")
     make_folder(options.figures, "figures")
 
@@ -98,11 +98,7 @@ def run(options: Options) -> None:
     builder = data.prepare(options.dataset, options.data_dir, options.manual_dir)
     test = data.read_split(builder, "test")
     chosen = first_of_each_class(data.read_split(builder, "train"), options.train_images)
-    if options.batch_size > len(chosen.labels):
-        raise UsageError(
-            f"--batch-size is {options.batch_size}, but there are only {len(chosen.labels)} "
-            f"training images"
-        )
+    check_fills_batch(options.batch_size, len(chosen.labels))
     print(
         f"{builder.name}: {len(chosen.labels):,} training and {len(test.labels):,} test images; "
         f"{options.hidden_size} units, {options.epochs} epochs, {options.seeds} seeds\n"

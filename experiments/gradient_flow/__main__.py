@@ -20,7 +20,6 @@ divided by an infinite norm. Clipping comes too late for both.
 """
 
 import dataclasses
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +39,9 @@ from experiments.usage import (
     DataFlags,
     UsageError,
     check_at_least,
+    check_fills_batch,
     check_packages,
+    check_positive,
     fail,
     make_folder,
 )
@@ -102,12 +103,10 @@ def check(options: Options) -> None:
         UsageError: a flag's value can't be used, or matplotlib is missing.
     """
     for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        flag = f"--{field.name.replace('_', '-')}"
         if field.type is int:
             check_at_least(options, 0 if field.name == "seed" else 1, field.name)
-        if field.type is float and not 0 < value < math.inf:
-            raise UsageError(f"{flag} must be a positive number, but is {value}")
+        if field.type is float:
+            check_positive(options, field.name)
     check_packages("figures", "matplotlib")
     make_folder(options.figures, "figures")
 
@@ -152,11 +151,7 @@ def load_splits(options: Options) -> dict[str, Split]:
         "train": first(data.read_split(builder, "train"), options.images),
         "test": first(data.read_split(builder, "test"), options.test_images),
     }
-    images = len(splits["train"].labels)
-    if options.batch_size > images:
-        raise UsageError(
-            f"--batch-size is {options.batch_size}, but there are only {images} training images"
-        )
+    check_fills_batch(options.batch_size, len(splits["train"].labels))
     return splits
 
 

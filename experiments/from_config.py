@@ -1,6 +1,8 @@
 """What a run's flags describe, made: its model, its optimiser, how it reads and distorts images."""
 
+import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from flax.training.train_state import TrainState
 from experiments.config import Config
 from lstm_flax import readings, training
 from lstm_flax.augment import distort
-from lstm_flax.models import LSTMClassifier, SequenceClassifier
+from lstm_flax.models import LSTMClassifier, SequenceClassifier, chrono_init
 from lstm_flax.training import Augment, Reading
 
 IMAGE_SHAPE = (28, 28)
@@ -20,6 +22,10 @@ IMAGE_SHAPE = (28, 28)
 def model(config: Config) -> SequenceClassifier:
     """The classifier."""
     is_float32 = config.precision == "float32"
+    # The default biases forget too soon for hundreds of steps, and training then learns little.
+    biases: dict[str, Any] = (
+        {} if config.sequence == "rows" else {"bias_init": chrono_init(math.prod(IMAGE_SHAPE))}
+    )
     return LSTMClassifier(
         config.hidden_size,
         config.num_layers,
@@ -27,6 +33,7 @@ def model(config: Config) -> SequenceClassifier:
         dropout=config.dropout,
         # Else a TPU would round float32 operands to bfloat16, and a GPU to TensorFloat-32.
         precision=jax.lax.Precision.HIGHEST if is_float32 else None,
+        **biases,
     )
 
 

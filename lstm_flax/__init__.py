@@ -12,6 +12,7 @@ from lstm_flax.models import (
     RNNCell,
     RNNStack,
     SequenceClassifier,
+    chrono_init,
     from_torch,
     to_torch,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "RNNCell",
     "RNNStack",
     "SequenceClassifier",
+    "chrono_init",
     "create_train_state",
     "eval_step",
     "evaluate",

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lstm_flax import LSTMCell, LSTMClassifier, LSTMStack
+from lstm_flax import LSTMCell, LSTMClassifier, LSTMStack, chrono_init
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -91,6 +91,20 @@ def test_initialisation_is_orthogonal_a_gate_with_an_open_forget_gate():
     np.testing.assert_array_equal(
         params["bias"], np.repeat(np.array([0, 1, 0, 0], np.float32), hidden)
     )
+
+
+def test_chrono_biases_spread_the_times_for_which_units_remember():
+    hidden, max_steps = 400, 784
+    stack = LSTMStack(hidden, bias_init=chrono_init(max_steps))
+    params = stack.init(jax.random.key(0), jnp.zeros((1, 2, 1)))["params"]["l0"]
+    i, f, g, o = jnp.split(params["bias"], 4)
+    np.testing.assert_array_equal(i, -f)
+    np.testing.assert_array_equal(jnp.stack([g, o]), 0)
+    # A state that nothing is written to fades as σ(b_f)**t, to 1/e after about 1 + exp(b_f) steps.
+    spans = np.sort(np.exp(f))
+    assert 1 <= spans[0] < 10
+    assert 770 < spans[-1] < max_steps
+    np.testing.assert_allclose(spans, np.linspace(1, max_steps - 1, hidden), atol=60)
 
 
 def test_initialisers_are_the_callers_choice():

@@ -2,7 +2,7 @@
 
 from lstm_flax.models.classifier import LSTMClassifier, SequenceClassifier
 from lstm_flax.models.gru import GRUCell, GRUStack
-from lstm_flax.models.lstm import LSTMCell, LSTMStack
+from lstm_flax.models.lstm import LSTMCell, LSTMStack, chrono_init
 from lstm_flax.models.rnn import RNNCell, RNNStack
 from lstm_flax.models.torch_weights import from_torch, to_torch
 
@@ -15,6 +15,7 @@ __all__ = [
     "RNNCell",
     "RNNStack",
     "SequenceClassifier",
+    "chrono_init",
     "from_torch",
     "to_torch",
 ]

@@ -1,5 +1,6 @@
 """The LSTM: its cell, and a stack of them, which a native kernel can run."""
 
+import functools
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -26,6 +27,23 @@ def forget_gate_ones(key, shape, dtype=jnp.float32, out_sharding=None) -> jax.Ar
     return jnp.zeros(shape, dtype).at[hidden_size : 2 * hidden_size].set(1)
 
 
+@functools.cache  # so that stacks with the same biases are equal, and compiled once
+def chrono_init(max_steps: int) -> Initializer:
+    """Biases, in the order i, f, g, o, of a cell that is to remember for 1 to `max_steps` steps.
+
+    Unit by unit `b_f = log(u)` and `b_i = -b_f`, u being uniform in [1, max_steps - 1]; the others
+    are zero (Tallec and Ollivier, "Can Recurrent Neural Networks Warp Time?", 2018).
+    For `LSTMStack(..., bias_init=chrono_init(784))`.
+    """
+
+    def init(key, shape, dtype=jnp.float32, out_sharding=None):
+        (size,) = shape
+        b_f = jnp.log(jax.random.uniform(key, (size // 4,), dtype, 1, max_steps - 1))
+        return jnp.concatenate([-b_f, b_f, jnp.zeros(size // 2, dtype)])
+
+    return init
+
+
 class LSTMCell(RecurrentCell):
     """One step of an LSTM layer (Hochreiter and Schmidhuber 1997; Gers et al. 2000).
 
@@ -40,7 +58,8 @@ class LSTMCell(RecurrentCell):
     Shows: input, forget, candidate, output and cell.
 
     Attributes:
-        bias_init: as for every cell; by default the forget gate's bias starts at one.
+        bias_init: as for every cell; by default the forget gate's bias starts at one, and
+            `chrono_init` is for sequences of hundreds of steps.
         proj_size: features of `h`; 0 projects nothing.
     """
 

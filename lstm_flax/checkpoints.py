@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -297,8 +298,8 @@ def _digest(values: Any) -> str:
 def _brief(error: Exception) -> str:
     """An error in few words; of TensorStore's chains of causes, the operating system's own."""
     text = str(error)
-    if cause := re.search(r"([^:]*) \[os_error_code", text):
-        return cause[1].strip()
+    if number := re.search(r"(?:os_error_code='|OS error )(\d+)", text):  # by its version
+        return os.strerror(int(number[1]))
     return next(iter(text.strip().splitlines()), type(error).__name__)[:200]
 
 

@@ -16,8 +16,8 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments import from_config
 from experiments.config import Config
-from experiments.mnist_lstm import make_model, make_optimizer
 from lstm_flax import training
 from lstm_flax.augment import distort
 
@@ -34,7 +34,7 @@ def placed(tree, mesh, spec):
 
 def main(topology, chips_per_host, precision, batch_size):
     config = Config(precision=precision, batch_size=int(batch_size))
-    model, tx = make_model(config), make_optimizer(config, num_images=60_000)
+    model, tx = from_config.model(config), from_config.optimizer(config, num_images=60_000)
     # What "auto" chooses is for this machine, not for the one that it is compiled for.
     model = model.clone(core=model.core.clone(implementation="scan"))
     sample = jnp.zeros((1, 28, 28))

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from experiments import from_config
 from experiments.config import Config
-from experiments.mnist_lstm import make_model, make_optimizer
 from lstm_flax import training
 from lstm_flax.augment import distort
 
@@ -69,7 +69,7 @@ def test_train_and_eval_step_compile_for_tpu_v5e(topology, chips, precision):
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_train_and_eval_step_lower_for(platform):
     config = Config(batch_size=8, hidden_size=16)
-    model, tx = make_model(config), make_optimizer(config, num_images=80)
+    model, tx = from_config.model(config), from_config.optimizer(config, num_images=80)
     # What "auto" chooses is for this machine, not for the one that it is lowered for.
     model = model.clone(core=model.core.clone(implementation="scan"))
     sample = jnp.zeros((8, 28, 28), jnp.uint8)

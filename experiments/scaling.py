@@ -5,8 +5,10 @@
 Measures a train step at four sizes of each, the others as in the MNIST experiment, and fits
 `seconds ~ size ** exponent`. Takes two minutes on 2 CPU cores. Devices are virtual ones, which
 share the machine's cores: they show what the division itself costs, not what more machines gain.
+They scan, on one device too; all else is as `implementation="auto"` has it.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from experiments.markdown import table
+from experiments.usage import UsageError, fail
 from lstm_flax import LSTMClassifier, training
 
 BASE = {"batch": 128, "steps": 28, "hidden": 256, "layers": 2, "devices": 1}
@@ -39,8 +42,9 @@ FEATURES = 28
 RUNS = 7  # of which the median counts
 
 
-def measure(batch: int, steps: int, hidden: int, layers: int) -> dict[str, float]:
+def measure(batch: int, steps: int, hidden: int, layers: int, *, scan: bool) -> dict[str, float]:
     """Median seconds of a train step, and the bytes that it needs on a device beside its state."""
+    implementation: Literal["scan", "auto"] = "scan" if scan else "auto"
     with jax.set_mesh(training.data_mesh()):
         rng = np.random.default_rng(0)
         examples = {
@@ -52,7 +56,8 @@ def measure(batch: int, steps: int, hidden: int, layers: int) -> dict[str, float
         key = training.replicate(jax.random.key(0))
         tx = training.onecycle_adamw(1e-3, 1000, weight_decay=1e-2, clip_norm=1.0)
         sample = jnp.zeros((1, steps, FEATURES))
-        state = training.create_train_state(LSTMClassifier(hidden, layers), tx, sample, key)
+        model = LSTMClassifier(hidden, layers, implementation=implementation)
+        state = training.create_train_state(model, tx, sample, key)
         step = training.train_step.lower(state, data, key).compile()
         seconds = [_seconds(step, state, data, key) for _ in range(RUNS + 1)][1:]
         return {
@@ -67,12 +72,13 @@ def _seconds(step, *arguments) -> float:
     return time.perf_counter() - started
 
 
-def measure_apart(sizes: dict[str, int]) -> dict[str, float]:
+def measure_apart(sizes: dict[str, int], *, scan: bool = False) -> dict[str, float]:
     """`measure` in a process of its own, which has as many devices as asked for."""
     sizes = dict(sizes)
     devices = f"--xla_force_host_platform_device_count={sizes.pop('devices')}"
+    command = [sys.executable, "-m", "experiments.scaling", "--only", json.dumps(sizes)]
     measured = subprocess.run(
-        [sys.executable, "-m", "experiments.scaling", "--only", json.dumps(sizes)],
+        [*command, "--scan" if scan else "--no-scan"],
         env=os.environ | {"XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         check=True,
@@ -92,19 +98,50 @@ class Options:
     only: str | None = None
     """Sizes as JSON, such as '{"batch": 64, "steps": 28, "hidden": 256, "layers": 2}': measure them
     on this process's devices, and print seconds and bytes as JSON."""
+    scan: bool = False
+    """With --only: scan on one CPU too, where the native kernel would stand in."""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def sizes_asked_for(only: str) -> dict[str, int]:
+    """Read sizes from JSON.
+
+    Raises:
+        UsageError: they are not all that `measure` takes, each at least 1.
+    """
+    names = [name for name in BASE if name != "devices"]
+    with contextlib.suppress(ValueError):
+        sizes = json.loads(only)
+        is_complete = isinstance(sizes, dict) and sizes.keys() == set(names)
+        if is_complete and all(isinstance(n, int) and n >= 1 for n in sizes.values()):
+            return sizes
+    raise UsageError(f"--only must be JSON with {', '.join(names)}, each at least 1, but is {only}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure all sizes, and print a table in Markdown; or measure the sizes asked for."""
     options = tyro.cli(
         Options, prog="python -m experiments.scaling", description=__doc__, args=argv
     )
     if options.only:
-        print(json.dumps(measure(**json.loads(options.only))))
-        return
+        try:
+            sizes = sizes_asked_for(options.only)
+        except UsageError as error:
+            return fail(error)
+        print(json.dumps(measure(**sizes, scan=options.scan)))
+        return 0
+    print(scaling_table())
+    return 0
+
+
+def scaling_table() -> str:
+    """Measure all sizes of each thing that grows; a table in Markdown."""
     rows = []
     for name, sizes in tqdm(SIZES.items(), disable=None):
-        measured: list[dict[str, Any]] = [measure_apart(BASE | {name: size}) for size in sizes]
+        # The native kernel is for one device: with it there, they would not be compared alike.
+        scan = name == "devices"
+        measured: list[dict[str, Any]] = [
+            measure_apart(BASE | {name: size}, scan=scan) for size in sizes
+        ]
         seconds = [m["seconds"] for m in measured]
         megabytes = [m["bytes"] / 1e6 for m in measured]
         rows.append(
@@ -118,8 +155,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             ]
         )
     header = ["", "sizes", "milliseconds a train step", "exponent", "MB", "exponent"]
-    print(table(header, rows, text_columns=3))
+    return table(header, rows, text_columns=3)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

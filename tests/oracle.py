@@ -45,18 +45,14 @@ def states(case, h, c):
     return {"h": h, "c": c} if case["kind"] == "LSTM" else {"h": h}
 
 
-def run_torch(case, seed=0):
-    """A case's inputs, drawn from a seed, and what PyTorch makes of them in float64."""
+def make_torch(case):
+    """PyTorch's layer for a case, its parameters drawn from PyTorch's own generator."""
     import torch
-    from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-    case = DEFAULTS | case
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
     options = {"RNN": {"nonlinearity": case["nonlinearity"]}}.get(case["kind"], {})
     if case["proj_size"]:
         options["proj_size"] = case["proj_size"]
-    layer = getattr(torch.nn, case["kind"])(
+    return getattr(torch.nn, case["kind"])(
         case["features"],
         case["hidden"],
         case["num_layers"],
@@ -66,6 +62,17 @@ def run_torch(case, seed=0):
         dtype=torch.float64,
         **options,
     )
+
+
+def run_torch(case, seed=0):
+    """A case's inputs, drawn from a seed, and what PyTorch makes of them in float64."""
+    import torch
+    from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+    case = DEFAULTS | case
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    layer = make_torch(case)
     rows = case["num_layers"] * (1 + case["bidirectional"])
     size = case["proj_size"] or case["hidden"]
 

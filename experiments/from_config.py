@@ -2,7 +2,6 @@
 
 import math
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from experiments.config import Config
 from lstm_flax import readings, training
 from lstm_flax.augment import distort
 from lstm_flax.models import LSTMClassifier, SequenceClassifier, chrono_init
+from lstm_flax.models.lstm import forget_gate_ones
 from lstm_flax.training import Augment, Reading
 
 IMAGE_SHAPE = (28, 28)
@@ -25,7 +25,6 @@ def model(config: Config) -> SequenceClassifier:
     # An image's pixels in their own order need a memory of hundreds of steps from the start: with
     # the default biases training collapses. In a random order those learn faster.
     is_long = config.sequence == "pixels"
-    biases: dict[str, Any] = {"bias_init": chrono_init(math.prod(IMAGE_SHAPE))} if is_long else {}
     return LSTMClassifier(
         config.hidden_size,
         config.num_layers,
@@ -33,7 +32,7 @@ def model(config: Config) -> SequenceClassifier:
         dropout=config.dropout,
         # Else a TPU would round float32 operands to bfloat16, and a GPU to TensorFloat-32.
         precision=jax.lax.Precision.HIGHEST if is_float32 else None,
-        **biases,
+        bias_init=chrono_init(math.prod(IMAGE_SHAPE)) if is_long else forget_gate_ones,
     )
 
 

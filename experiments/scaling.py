@@ -30,6 +30,7 @@ from experiments.markdown import table
 from experiments.usage import UsageError, fail
 from lstm_flax import LSTMClassifier, training
 
+Implementation = Literal["scan", "auto"]
 BASE = {"batch": 128, "steps": 28, "hidden": 256, "layers": 2, "devices": 1}
 SIZES = {
     "batch": [64, 128, 256, 512],
@@ -42,9 +43,10 @@ FEATURES = 28
 RUNS = 7  # of which the median counts
 
 
-def measure(batch: int, steps: int, hidden: int, layers: int, *, scan: bool) -> dict[str, float]:
+def measure(
+    batch: int, steps: int, hidden: int, layers: int, *, implementation: Implementation
+) -> dict[str, float]:
     """Median seconds of a train step, and the bytes that it needs on a device beside its state."""
-    implementation: Literal["scan", "auto"] = "scan" if scan else "auto"
     with jax.set_mesh(training.data_mesh()):
         rng = np.random.default_rng(0)
         examples = {
@@ -72,13 +74,15 @@ def _seconds(step, *arguments) -> float:
     return time.perf_counter() - started
 
 
-def measure_apart(sizes: dict[str, int], *, scan: bool = False) -> dict[str, float]:
+def measure_apart(
+    sizes: dict[str, int], *, implementation: Implementation = "auto"
+) -> dict[str, float]:
     """`measure` in a process of its own, which has as many devices as asked for."""
     sizes = dict(sizes)
     devices = f"--xla_force_host_platform_device_count={sizes.pop('devices')}"
     command = [sys.executable, "-m", "experiments.scaling", "--only", json.dumps(sizes)]
     measured = subprocess.run(
-        [*command, "--scan" if scan else "--no-scan"],
+        [*command, "--implementation", implementation],
         env=os.environ | {"XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         check=True,
@@ -98,8 +102,8 @@ class Options:
     only: str | None = None
     """Sizes as JSON, such as '{"batch": 64, "steps": 28, "hidden": 256, "layers": 2}': measure them
     on this process's devices, and print seconds and bytes as JSON."""
-    scan: bool = False
-    """With --only: scan on one CPU too, where the native kernel would stand in."""
+    implementation: Implementation = "auto"
+    """With --only: scan on one CPU too, or let the native kernel stand in where it can."""
 
 
 def sizes_asked_for(only: str) -> dict[str, int]:
@@ -127,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sizes = sizes_asked_for(options.only)
         except UsageError as error:
             return fail(error)
-        print(json.dumps(measure(**sizes, scan=options.scan)))
+        print(json.dumps(measure(**sizes, implementation=options.implementation)))
         return 0
     print(scaling_table())
     return 0
@@ -138,9 +142,9 @@ def scaling_table() -> str:
     rows = []
     for name, sizes in tqdm(SIZES.items(), disable=None):
         # The native kernel is for one device: with it there, they would not be compared alike.
-        scan = name == "devices"
+        implementation: Implementation = "scan" if name == "devices" else "auto"
         measured: list[dict[str, Any]] = [
-            measure_apart(BASE | {name: size}, scan=scan) for size in sizes
+            measure_apart(BASE | {name: size}, implementation=implementation) for size in sizes
         ]
         seconds = [m["seconds"] for m in measured]
         megabytes = [m["bytes"] / 1e6 for m in measured]

@@ -16,10 +16,10 @@ def test_exponents_are_those_of_the_powers():
 @pytest.mark.slow
 def test_memory_grows_with_the_batch_and_is_divided_among_devices():
     small, large = (
-        scaling.measure_apart(TINY | {"batch": batch, "devices": 1}, scan=True)
+        scaling.measure_apart(TINY | {"batch": batch, "devices": 1}, implementation="scan")
         for batch in (128, 1024)
     )
-    shared = scaling.measure_apart(TINY | {"batch": 1024, "devices": 2}, scan=True)
+    shared = scaling.measure_apart(TINY | {"batch": 1024, "devices": 2}, implementation="scan")
     assert all(measured["seconds"] > 0 for measured in (small, large, shared))
     assert large["bytes"] / small["bytes"] == pytest.approx(8, rel=0.2)
     assert large["bytes"] / shared["bytes"] == pytest.approx(2, rel=0.2)

@@ -1,21 +1,15 @@
-"""The layers' options, each against its definition, and the transformations that they allow."""
-
-import subprocess
-import sys
+"""The layers' options, each against its definition."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export
-from jax.test_util import check_grads
 
 from lstm_flax import (
     GRUCell,
     GRUStack,
     LSTMCell,
-    LSTMClassifier,
     LSTMStack,
     RNNCell,
     RNNStack,
@@ -313,74 +307,3 @@ def test_gates_are_kept_in_both_directions_and_time_major(stack):
     _, kept = module.apply(variables, x, mutable="gates")
     assert set(kept["gates"]) == {"l0", "l0_reverse"}
     assert {a.shape for a in jax.tree.leaves(kept)} == {(6, 3, 8)}
-
-
-# Transformations
-
-
-def loss_of(module, variables, x):
-    return jnp.sum(module.apply(variables, x)[0] ** 2)
-
-
-@each_stack
-def test_vmap_over_weights_equals_a_loop(stack):
-    x = normal(1, 3, 7, 5)
-    module = stack(8, 2)
-    ensemble = jax.vmap(lambda key: module.init(key, x))(jax.random.split(jax.random.key(0), 4))
-    outputs, _ = jax.vmap(lambda v: module.apply(v, x))(ensemble)
-    for member in range(4):
-        alone, _ = module.apply(jax.tree.map(lambda a, m=member: a[m], ensemble), x)
-        np.testing.assert_allclose(outputs[member], alone, atol=1e-6)
-
-
-@each_stack
-def test_checkpoint_and_remat_leave_the_gradient_as_it_is(stack):
-    x = normal(1, 3, 7, 5)
-    module, variables = build(stack, x, num_layers=2)
-    plain = jax.grad(lambda v: loss_of(module, v, x))(variables)
-    checkpointed = jax.grad(jax.checkpoint(lambda v: loss_of(module, v, x)))(variables)
-    remat = nn.remat(stack)(8, 2)
-    rematted = jax.jit(jax.grad(lambda v: loss_of(remat, v, x)))(variables)
-    for other in (checkpointed, rematted):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), plain, other)
-
-
-@pytest.mark.slow
-@each_stack
-def test_gradients_equal_finite_differences(stack):
-    # Linen's LayerNorm promotes float64 with float32 inside.
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        x = normal(1, 2, 5, 3).astype(jnp.float64)
-        module = stack(4, 2, bidirectional=True, layer_norm=True, param_dtype=jnp.float64)
-        variables = module.init(jax.random.key(0), x)
-        check_grads(
-            lambda v, x: loss_of(module, v, x), (variables, x), order=1, modes=["rev"], eps=1e-6
-        )
-
-
-def test_an_exported_classifier_runs_without_flax_for_any_batch(tmp_path):
-    model = LSTMClassifier(16, 2, implementation="scan")
-    x = normal(1, 5, 28, 28)
-    variables = model.init(jax.random.key(0), x)
-    (batch,) = export.symbolic_shape("batch")
-    exported = export.export(
-        jax.jit(lambda x: model.apply(variables, x)), platforms=["cpu", "cuda", "tpu"]
-    )(jax.ShapeDtypeStruct((batch, 28, 28), jnp.float32))
-    (tmp_path / "classifier").write_bytes(exported.serialize())
-    np.save(tmp_path / "x.npy", x)
-    code = """if True:
-        import sys, jax, numpy as np
-        sys.modules["flax"] = None  # any import of it now fails
-        from jax import export
-        from pathlib import Path
-        folder = Path(sys.argv[1])
-        classify = export.deserialize((folder / "classifier").read_bytes())
-        assert classify.platforms == ("cpu", "cuda", "tpu")
-        x = np.load(folder / "x.npy")
-        np.save(folder / "logits.npy", classify.call(x))
-        assert classify.call(x[:2]).shape == (2, 10)
-    """
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=120)
-    np.testing.assert_allclose(
-        np.load(tmp_path / "logits.npy"), jax.jit(model.apply)(variables, x), atol=1e-6
-    )

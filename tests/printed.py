@@ -1,4 +1,6 @@
-"""What a command printed, taken apart."""
+"""What a command printed or wrote, taken apart."""
+
+import csv
 
 
 def table_rows(text):
@@ -6,3 +8,9 @@ def table_rows(text):
     lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line] for line in lines]
     return [row for row in rows if not set("".join(row)) <= set("-:")]
+
+
+def read_csv(path):
+    """The rows of a CSV file, each a dict by the header's names."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))

@@ -1,11 +1,10 @@
-import csv
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from printed import table_rows
+from printed import read_csv, table_rows
 
 from experiments.depth.__main__ import main
 from experiments.depth.measure import first_of_each_class, step_seconds, t_interval
@@ -164,8 +163,3 @@ def assert_refused(flags, says, capsys):
     assert error.startswith("error: ")
     assert says in error
     assert error.count("\n") == 1
-
-
-def read_csv(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))

@@ -1,10 +1,9 @@
-import csv
 import sys
 
 import jax
 import numpy as np
 import pytest
-from printed import table_rows
+from printed import read_csv, table_rows
 from small_runs import SMALL, read_eval
 
 from experiments import mnist_lstm
@@ -46,11 +45,6 @@ def model():
 @pytest.fixture(scope="module")
 def image():
     return np.random.default_rng(0).integers(0, 256, (ROWS, ROWS), np.uint8)
-
-
-def read_csv(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def has_ink(path):

@@ -20,15 +20,9 @@ KERNEL = Path(__file__).with_name("kernel.cc")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread", "-w")
 COMPILE_SECONDS = 300  # of which it needs a few
 
-# What a user sees who exports a model with the kernel in it: the name is part of JAX's message.
-FORWARD = "lstm_flax's {} forward kernel (to export, set implementation='scan')"
-BACKWARD = "lstm_flax's {} backward kernel (to export, set implementation='scan')"
-INPUT_GRADIENT = "lstm_flax's {} input gradient kernel (to export, set implementation='scan')"
-SYMBOLS = {
-    FORWARD: "lstm_forward_{}",
-    BACKWARD: "lstm_backward_{}",
-    INPUT_GRADIENT: "lstm_input_gradient_{}",
-}
+# Names of the kernel's parts, by the dtype of the products; in C++ they are `lstm_{part}_{dtype}`.
+PARTS = ("forward", "gate_gradients", "weight_gradients", "input_gradient")
+TARGET = "lstm_flax_{part}_{dtype}"
 DTYPES = ("float32", "bfloat16")
 
 
@@ -53,11 +47,12 @@ def load() -> str | tuple[str, ...]:
         library = ctypes.CDLL(str(_compiled()))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return str(error)
-    found = tuple(name for name in DTYPES if hasattr(library, SYMBOLS[FORWARD].format(name)))
+    found = tuple(dtype for dtype in DTYPES if hasattr(library, f"lstm_forward_{dtype}"))
     for dtype in found:
-        for name, symbol in SYMBOLS.items():
-            function = jax.ffi.pycapsule(getattr(library, symbol.format(dtype)))
-            jax.ffi.register_ffi_target(name.format(dtype), function, platform="cpu")
+        for part in PARTS:
+            function = jax.ffi.pycapsule(getattr(library, f"lstm_{part}_{dtype}"))
+            target = TARGET.format(part=part, dtype=dtype)
+            jax.ffi.register_ffi_target(target, function, platform="cpu")
     return found
 
 

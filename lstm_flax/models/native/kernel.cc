@@ -200,22 +200,18 @@ void RunForward(ForwardArrays<N> a) {
 // ---- Backward.
 
 template <typename N>
-struct BackwardArrays {
+struct GateGradientArrays {
   typedef typename N::Number Number;
   Sizes size;
-  const Number* x;
-  const float* kernel_hh;
-  const Number* h_0;
-  const float* c_0;
-  const Number* outputs;
+  const float *kernel_hh, *c_0;
+  const int32_t* lengths;
   const float *gates, *cells;
   const Number *d_outputs, *d_h_n;
   const float* d_c_n;
-  const int32_t* lengths;
   bool reverse;
   Number* d_gates;  // of the sums that went into the gates; may be where the gates are
-  float *d_kernel_ih, *d_kernel_hh, *d_bias, *d_c_0;
-  const Number* zeros;  // as many as there are gates, features or units
+  float* d_c_0;
+  const Number* zeros;  // as many as there are gates
 };
 
 // A panel: for each word of a row of a kernel [rows, columns], that word of kColumns rows.
@@ -240,7 +236,7 @@ void PackTransposed(const float* kernel, int64_t rows, int64_t columns, int64_t 
 }
 
 template <typename N, int kRows>
-void BackwardTile(const BackwardArrays<N>& a, int64_t row, int64_t t, int64_t panel,
+void GateGradientTile(const GateGradientArrays<N>& a, int64_t row, int64_t t, int64_t panel,
                   const float* packed) {
   const auto [batch, time, features, hidden] = a.size;
   const float* later[kRows];
@@ -288,7 +284,7 @@ void BackwardTile(const BackwardArrays<N>& a, int64_t row, int64_t t, int64_t pa
 }
 
 template <typename N>
-void RunBackward(const BackwardArrays<N>& a) {
+void RunGateGradients(const GateGradientArrays<N>& a) {
   const int64_t batch = a.size.batch, time = a.size.time, hidden = a.size.hidden;
   const int64_t panels = (hidden + kColumns - 1) / kColumns;
   const int64_t panel_size = 4 * hidden / N::kPerWord * kColumns;
@@ -305,7 +301,7 @@ void RunBackward(const BackwardArrays<N>& a) {
         for (int64_t p = mine.begin; p < mine.end; ++p) {
           const float* panel = scratch.data() + (p - mine.begin) * panel_size;
           for (int64_t row = rows.begin; row < rows.end; row += kTileRows) {
-            CALL_TILE(BackwardTile, rows.end - row, a, row, t, p, panel);
+            CALL_TILE(GateGradientTile, rows.end - row, a, row, t, p, panel);
           }
         }
         barrier.Wait();
@@ -416,9 +412,21 @@ void PackGradients(const typename N::Number* from, int64_t rows, int64_t gates, 
   }
 }
 
+template <typename N>
+struct WeightGradientArrays {
+  typedef typename N::Number Number;
+  Sizes size;
+  const Number *x, *h_0, *outputs;
+  const int32_t* lengths;
+  const Number* d_gates;
+  bool reverse;
+  float *d_kernel_ih, *d_kernel_hh, *d_bias;
+  const Number* zeros;  // as many as there are features or units
+};
+
 // The gradients of both kernels and the bias, from all rows of batch and time.
 template <typename N>
-void RunWeightGradients(const BackwardArrays<N>& a) {
+void RunWeightGradients(const WeightGradientArrays<N>& a) {
   typedef typename N::Number Number;
   const int64_t time = a.size.time, features = a.size.features, hidden = a.size.hidden;
   const int64_t gates = 4 * hidden, panels = (gates + kColumns - 1) / kColumns;
@@ -500,21 +508,30 @@ ffi::Error Forward(Numbers<N> x, Floats kernel_ih, Floats kernel_hh, Floats bias
 }
 
 template <typename N>
-ffi::Error Backward(Numbers<N> x, Floats kernel_hh, Numbers<N> h_0, Floats c_0, Lengths lengths,
-                    Numbers<N> outputs, Floats gates, Floats cells, Numbers<N> d_outputs,
-                    Numbers<N> d_h_n, Floats d_c_n, NumbersResult<N> d_gates,
-                    FloatsResult d_kernel_ih, FloatsResult d_kernel_hh, FloatsResult d_bias,
-                    FloatsResult d_c_0, bool reverse) {
-  const Sizes size = SizesOf<N>(x, kernel_hh);
-  const std::vector<typename N::Number> zeros(std::max(4 * size.hidden, size.features));
-  const BackwardArrays<N> arrays{
-      size, x.typed_data(), kernel_hh.typed_data(), h_0.typed_data(), c_0.typed_data(),
-      outputs.typed_data(), gates.typed_data(), cells.typed_data(), d_outputs.typed_data(),
-      d_h_n.typed_data(), d_c_n.typed_data(), lengths.typed_data(), reverse,
-      d_gates->typed_data(), d_kernel_ih->typed_data(), d_kernel_hh->typed_data(),
-      d_bias->typed_data(), d_c_0->typed_data(), zeros.data()};
-  RunBackward(arrays);
-  RunWeightGradients(arrays);
+ffi::Error GateGradients(Floats kernel_hh, Floats c_0, Lengths lengths, Floats gates, Floats cells,
+                         Numbers<N> d_outputs, Numbers<N> d_h_n, Floats d_c_n,
+                         NumbersResult<N> d_gates, FloatsResult d_c_0, bool reverse) {
+  const auto dims = cells.dimensions();
+  const Sizes size{dims[0], dims[1], 0, dims[2]};
+  const std::vector<typename N::Number> zeros(4 * size.hidden);
+  RunGateGradients<N>({size, kernel_hh.typed_data(), c_0.typed_data(), lengths.typed_data(),
+                       gates.typed_data(), cells.typed_data(), d_outputs.typed_data(),
+                       d_h_n.typed_data(), d_c_n.typed_data(), reverse, d_gates->typed_data(),
+                       d_c_0->typed_data(), zeros.data()});
+  return ffi::Error::Success();
+}
+
+template <typename N>
+ffi::Error WeightGradients(Numbers<N> x, Numbers<N> h_0, Numbers<N> outputs, Lengths lengths,
+                           Numbers<N> d_gates, FloatsResult d_kernel_ih, FloatsResult d_kernel_hh,
+                           FloatsResult d_bias, bool reverse) {
+  const auto dims = x.dimensions();
+  const Sizes size{dims[0], dims[1], dims[2], h_0.dimensions()[1]};
+  const std::vector<typename N::Number> zeros(std::max(size.hidden, size.features));
+  RunWeightGradients<N>({size, x.typed_data(), h_0.typed_data(), outputs.typed_data(),
+                         lengths.typed_data(), d_gates.typed_data(), reverse,
+                         d_kernel_ih->typed_data(), d_kernel_hh->typed_data(),
+                         d_bias->typed_data(), zeros.data()});
   return ffi::Error::Success();
 }
 
@@ -540,18 +557,25 @@ ffi::Error InputGradient(Numbers<N> d_gates, Floats kernel_ih, NumbersResult<N> 
           .Ret<lstm::Floats>().Ret<lstm::Floats>()                                       \
           .Attr<bool>("reverse"))
 
-// x, kernel_hh, h_0, c_0, lengths, outputs, gates, cells, d_outputs, d_h_n, d_c_n
-// -> d_gates, d_kernel_ih, d_kernel_hh, d_bias, d_c_0
-#define DEFINE_BACKWARD(name, N)                                                         \
+// kernel_hh, c_0, lengths, gates, cells, d_outputs, d_h_n, d_c_n -> d_gates, d_c_0
+#define DEFINE_GATE_GRADIENTS(name, N)                                                   \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                         \
-      name, lstm::Backward<N>,                                                           \
+      name, lstm::GateGradients<N>,                                                      \
       ffi::Ffi::Bind()                                                                   \
-          .Arg<lstm::Numbers<N>>().Arg<lstm::Floats>().Arg<lstm::Numbers<N>>()           \
-          .Arg<lstm::Floats>().Arg<lstm::Lengths>().Arg<lstm::Numbers<N>>()              \
+          .Arg<lstm::Floats>().Arg<lstm::Floats>().Arg<lstm::Lengths>()                  \
           .Arg<lstm::Floats>().Arg<lstm::Floats>().Arg<lstm::Numbers<N>>()               \
           .Arg<lstm::Numbers<N>>().Arg<lstm::Floats>()                                   \
-          .Ret<lstm::Numbers<N>>().Ret<lstm::Floats>().Ret<lstm::Floats>()               \
-          .Ret<lstm::Floats>().Ret<lstm::Floats>()                                       \
+          .Ret<lstm::Numbers<N>>().Ret<lstm::Floats>()                                   \
+          .Attr<bool>("reverse"))
+
+// x, h_0, outputs, lengths, d_gates -> d_kernel_ih, d_kernel_hh, d_bias
+#define DEFINE_WEIGHT_GRADIENTS(name, N)                                                 \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                         \
+      name, lstm::WeightGradients<N>,                                                    \
+      ffi::Ffi::Bind()                                                                   \
+          .Arg<lstm::Numbers<N>>().Arg<lstm::Numbers<N>>().Arg<lstm::Numbers<N>>()       \
+          .Arg<lstm::Lengths>().Arg<lstm::Numbers<N>>()                                  \
+          .Ret<lstm::Floats>().Ret<lstm::Floats>().Ret<lstm::Floats>()                   \
           .Attr<bool>("reverse"))
 
 // d_gates, kernel_ih -> d_x
@@ -562,10 +586,12 @@ ffi::Error InputGradient(Numbers<N> d_gates, Floats kernel_ih, NumbersResult<N> 
           .Arg<lstm::Numbers<N>>().Arg<lstm::Floats>().Ret<lstm::Numbers<N>>())
 
 DEFINE_FORWARD(lstm_forward_float32, lstm::Float32);
-DEFINE_BACKWARD(lstm_backward_float32, lstm::Float32);
+DEFINE_GATE_GRADIENTS(lstm_gate_gradients_float32, lstm::Float32);
+DEFINE_WEIGHT_GRADIENTS(lstm_weight_gradients_float32, lstm::Float32);
 DEFINE_INPUT_GRADIENT(lstm_input_gradient_float32, lstm::Float32);
 #if defined(LSTM_HAS_BFLOAT16)
 DEFINE_FORWARD(lstm_forward_bfloat16, lstm::Bfloat16);
-DEFINE_BACKWARD(lstm_backward_bfloat16, lstm::Bfloat16);
+DEFINE_GATE_GRADIENTS(lstm_gate_gradients_bfloat16, lstm::Bfloat16);
+DEFINE_WEIGHT_GRADIENTS(lstm_weight_gradients_bfloat16, lstm::Bfloat16);
 DEFINE_INPUT_GRADIENT(lstm_input_gradient_bfloat16, lstm::Bfloat16);
 #endif

@@ -2,14 +2,15 @@
 
 Every cell has the same interface, so that a stack can scan over any of them:
 
-    carry = cell.initial_carry(batch_size)          zeros
-    carry = cell(carry, x_t, hidden_mask=None)      one step
-    h_t = cell.hidden(carry)                        what the layer above sees
+    carry = cell.initialize_carry(key, x_t.shape)       zeros
+    carry = cell(carry, x_t, hidden_mask=None)          one step
+    h_t = cell.hidden(carry)                            what the layer above sees
 
-Directions, lengths, dropout between layers and zoneout are the stack's affair. A cell's parameters
-are fused over its gates, which lie side by side in PyTorch's order: `kernel_ih` [features, gates *
-hidden_size], `kernel_hh` [hidden_size, gates * hidden_size] and `bias` [gates * hidden_size], the
-sum of PyTorch's two biases.
+A cell has two parts: `declare` makes its parameters, and `step`, a pure function, takes them, a
+carry and an input to the next carry. Directions, lengths, dropout between layers and zoneout are
+the stack's affair. Parameters are fused over the gates, which lie side by side in PyTorch's order:
+`kernel_ih` [features, gates * hidden_size], `kernel_hh` [hidden_size, gates * hidden_size] and
+`bias` [gates * hidden_size], the sum of PyTorch's two biases.
 
 With `layer_norm`, each of the two products is normalised over all gates at once, with a learned
 scale, before the bias is added (Ba, Kiros and Hinton, "Layer Normalization", 2016, section 3.1).
@@ -20,9 +21,27 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.dtypes import promote_dtype
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
+
+from lstm_flax.models.checks import as_floats, check_floating, check_size
+
+Weights = dict[str, Any]
+"""A cell's parameters by name, and its normalisations as functions."""
+
+_GLOROT = nn.initializers.glorot_uniform()
+_ORTHOGONAL = nn.initializers.orthogonal()
+
+
+# Flax's own are closures, with which no module can be pickled.
+def glorot_uniform(key, shape, dtype=jnp.float32, out_sharding=None) -> jax.Array:
+    """Glorot and Bengio's uniform distribution (2010), as `flax.linen.initializers` has it."""
+    return _GLOROT(key, shape, dtype, out_sharding)
+
+
+def orthogonal(key, shape, dtype=jnp.float32, out_sharding=None) -> jax.Array:
+    """A random orthogonal matrix, as `flax.linen.initializers` has it."""
+    return _ORTHOGONAL(key, shape, dtype, out_sharding)
 
 
 def at_least_float32(dtype: DTypeLike) -> DTypeLike:
@@ -34,7 +53,8 @@ def per_gate(init: Initializer, num_gates: int) -> Initializer:
     """Draw each gate's block of a fused kernel [rows, num_gates * hidden_size] by itself.
 
     Fan-in, fan-out and orthogonality are properties of one gate's matrix, not of those that lie
-    side by side for the sake of one large product.
+    side by side for the sake of one large product. What `init` boxes, such as
+    `nn.with_partitioning`'s, stays in its box.
     """
 
     def stacked(key, shape, dtype=jnp.float32, out_sharding=None):
@@ -42,13 +62,23 @@ def per_gate(init: Initializer, num_gates: int) -> Initializer:
         blocks = [
             init(k, (rows, columns // num_gates), dtype) for k in jax.random.split(key, num_gates)
         ]
-        return jnp.concatenate(blocks, axis=1)
+        return jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=1), *blocks)
 
     return stacked
 
 
+def in_float32(init: Initializer) -> Initializer:
+    """Draw in float32, then round: a QR decomposition, for one, has no narrower dtypes."""
+
+    def rounded(key, shape, dtype=jnp.float32, out_sharding=None):
+        drawn = init(key, shape, at_least_float32(dtype))
+        return jax.tree.map(lambda array: array.astype(dtype), drawn)
+
+    return rounded
+
+
 class RecurrentCell(nn.Module):
-    """What all cells share: their attributes and the two products.
+    """What all cells share: their attributes and their two products.
 
     Attributes:
         hidden_size: units.
@@ -66,8 +96,8 @@ class RecurrentCell(nn.Module):
     hidden_size: int
     use_bias: bool = True
     layer_norm: bool = False
-    kernel_init: Initializer = nn.initializers.glorot_uniform()
-    recurrent_init: Initializer = nn.initializers.orthogonal()
+    kernel_init: Initializer = glorot_uniform
+    recurrent_init: Initializer = orthogonal
     bias_init: Initializer = nn.initializers.zeros
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -75,66 +105,96 @@ class RecurrentCell(nn.Module):
 
     num_gates: ClassVar[int] = 1
 
+    def __post_init__(self) -> None:
+        self.check_attributes()
+        super().__post_init__()
+
+    def check_attributes(self) -> None:
+        """Refuse values that attributes can't have.
+
+        Raises:
+            ValueError: one of them has such a value.
+        """
+        check_size("hidden_size", self.hidden_size)
+        check_floating("dtype", self.dtype)
+        check_floating("param_dtype", self.param_dtype)
+
     @property
     def output_size(self) -> int:
         """Features of `h`."""
         return self.hidden_size
 
     @property
-    def compute_dtype(self) -> DTypeLike:
+    def compute_dtype(self) -> jnp.dtype:
         """Of the products' operands and of `h`."""
-        return self.dtype or self.param_dtype
+        return jnp.dtype(self.dtype or self.param_dtype)
 
     @property
-    def state_dtype(self) -> DTypeLike:
+    def state_dtype(self) -> jnp.dtype:
         """Of the sums, the gates and the cell state."""
-        return at_least_float32(self.compute_dtype)
+        return jnp.dtype(at_least_float32(self.compute_dtype))
 
-    def initial_carry(self, batch_size: int) -> Any:
-        """The zero carry."""
-        return jnp.zeros((batch_size, self.output_size), self.compute_dtype)
+    @property
+    def num_feature_axes(self) -> int:
+        """What `flax.linen.RNN` asks a cell for.
+
+        Raises:
+            TypeError: always, since cells here return the carry alone.
+        """
+        name = type(self).__name__
+        raise TypeError(
+            f"flax.linen.RNN can't run {name}, which returns its carry alone: "
+            f"use {name.replace('Cell', 'Stack')}"
+        )
+
+    def initialize_carry(self, rng: Any, input_shape: tuple[int, ...]) -> Any:
+        """The zero carry for inputs x of a shape, [batch, features] or [features].
+
+        Args:
+            rng: not used; it is there for the sake of flax's cells, whose carry may be random.
+            input_shape: of x.
+        """
+        return jnp.zeros((*input_shape[:-1], self.output_size), self.compute_dtype)
 
     def hidden(self, carry: Any) -> jax.Array:
         """The hidden state [batch, output_size] within a carry."""
         return carry
 
-    def products(
-        self, h: jax.Array, x: jax.Array, hidden_mask: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        """`(x W_ih, h W_hh)`, each [batch, num_gates * hidden_size], in `state_dtype`.
+    def declare(self, features: int) -> Weights:
+        """Make the parameters for x of so many features."""
+        return self.declare_products(features) | self.declare_bias("bias", self.bias_init)
 
-        Args:
-            h: [batch, output_size], the hidden state of the step before.
-            x: [batch, features].
-            hidden_mask: [batch, output_size], scales `h`; None: by one.
-        """
-        h = h if hidden_mask is None else h * hidden_mask
-        return (
-            self._product("ih", self.kernel_init, x),
-            self._product("hh", self.recurrent_init, h),
-        )
+    def declare_products(self, features: int) -> Weights:
+        """Make both kernels, and their normalisations."""
+        weights: Weights = {}
+        sizes = {"ih": features, "hh": self.output_size}
+        inits = {"ih": self.kernel_init, "hh": self.recurrent_init}
+        for name, rows in sizes.items():
+            shape = (rows, self.num_gates * self.hidden_size)
+            init = per_gate(inits[name], self.num_gates)
+            weights[f"kernel_{name}"] = self.declare_param(f"kernel_{name}", init, shape)
+            if self.layer_norm:
+                weights[f"norm_{name}"] = self.declare_norm(f"norm_{name}", use_bias=False)
+        return weights
 
-    def bias(self, name: str = "bias", init: Initializer | None = None, gates: int = 0) -> Any:
-        """The bias over all gates, or over so many, in `state_dtype`; 0 without `use_bias`."""
+    def declare_bias(self, name: str, init: Initializer, gates: int = 0) -> Weights:
+        """Make a bias over so many gates, or all; none without `use_bias`."""
         if not self.use_bias:
-            return 0
+            return {}
         shape = ((gates or self.num_gates) * self.hidden_size,)
-        bias = self.param(name, init or self.bias_init, shape, self.param_dtype)
-        return bias.astype(self.state_dtype)
+        return {name: self.declare_param(name, init, shape)}
 
-    def _product(self, name: str, init: Initializer, operand: jax.Array) -> jax.Array:
-        shape = (operand.shape[-1], self.num_gates * self.hidden_size)
-        init = per_gate(init, self.num_gates)
-        kernel = self.param(f"kernel_{name}", init, shape, self.param_dtype)
-        operand, kernel = promote_dtype(operand, kernel, dtype=self.compute_dtype)
-        product = jnp.dot(
-            operand, kernel, precision=self.precision, preferred_element_type=self.state_dtype
-        )
-        if self.layer_norm:
-            product = self._norm(f"norm_{name}", use_bias=False)(product)
-        return product
+    def declare_param(self, name: str, init: Initializer, shape: tuple[int, ...]) -> jax.Array:
+        """Make a parameter, or take the given one if it has this shape.
 
-    def _norm(self, name: str, use_bias: bool) -> nn.LayerNorm:
+        Raises:
+            ValueError: the given one is not floating.
+        """
+        path = "/".join((*self.path, name))
+        return as_floats(path, self.param(name, in_float32(init), shape, self.param_dtype))
+
+    def declare_norm(self, name: str, use_bias: bool) -> nn.LayerNorm:
+        """Make a normalisation over the last axis."""
         return nn.LayerNorm(
             use_bias=use_bias,
             dtype=self.state_dtype,
@@ -143,11 +203,158 @@ class RecurrentCell(nn.Module):
             name=name,
         )
 
-    def show(self, **gates: jax.Array) -> None:
-        """Keep gates, each [batch, hidden_size], in the collection "gates" if that is asked for.
+    @nn.compact
+    def weights(self, features: int, kernel_dtype: DTypeLike | None = None) -> Weights:
+        """All parameters, checked and cast: kernels to the compute dtype, biases to the sums'.
 
-        It costs nothing otherwise: `apply(..., mutable="gates")` asks.
+        Args:
+            features: of x.
+            kernel_dtype: cast kernels to this one.
+
+        Raises:
+            flax.errors.ScopeParamShapeError: a parameter has another shape.
+            flax.errors.ScopeParamNotFoundError: a parameter is missing.
+            ValueError: there is one that this cell does not have, or x has no features.
         """
-        if not self.is_initializing():
-            for name, value in gates.items():
-                self.sow("gates", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        check_size("x's number of features", features)
+        weights = self.declare(features)
+        if extra := sorted(self.variables.get("params", {}).keys() - weights.keys()):
+            raise ValueError(
+                f"params has {'/'.join((*self.path, extra[0]))}, which {type(self).__name__} "
+                f"does not have with these options; it has {', '.join(weights)}"
+            )
+        kernel_dtype = kernel_dtype or self.compute_dtype
+        return {
+            name: weight
+            if isinstance(weight, nn.Module)
+            else weight.astype(kernel_dtype if name.startswith("kernel") else self.state_dtype)
+            for name, weight in weights.items()
+        }
+
+    def step(
+        self, weights: Weights, carry: Any, x: jax.Array, hidden_mask: jax.Array | None = None
+    ) -> tuple[Any, dict[str, jax.Array]]:
+        """Advance one step.
+
+        Args:
+            weights: from `weights`.
+            carry: [batch, its size].
+            x: [batch, features].
+            hidden_mask: [batch, output_size], scales `h_{t-1}`; None: by one.
+
+        Returns:
+            The next carry, and the gates by name, each [batch, hidden_size].
+        """
+        raise NotImplementedError
+
+    def __call__(self, carry: Any, x: jax.Array, hidden_mask: jax.Array | None = None) -> Any:
+        """Advance one step.
+
+        Args:
+            carry: each state is [batch, its size], or [its size] for an x without a batch.
+            x: floating, [batch, features] or [features].
+            hidden_mask: [batch, output_size], scales `h_{t-1}`; None: by one.
+
+        Returns:
+            The next carry. The gates are kept in the collection "gates" if that is asked for.
+
+        Raises:
+            ValueError: x, a state of the carry or the mask is misshapen or not floating.
+        """
+        x = as_floats("x", x)
+        if x.ndim == 0:
+            raise ValueError("x has shape (), not [batch, features] or [features]")
+        zeros = jax.eval_shape(lambda: self.initialize_carry(None, x.shape))
+        carry = check_carry("carry", carry, zeros, ("h", "c"))
+        if hidden_mask is not None:
+            hidden_mask = as_floats("hidden_mask", hidden_mask)
+            if hidden_mask.shape != self.hidden(zeros).shape:
+                raise ValueError(
+                    f"hidden_mask has shape {hidden_mask.shape}, not {self.hidden(zeros).shape}"
+                )
+        carry, gates = self.step(self.weights(x.shape[-1]), carry, x, hidden_mask)
+        self.show(gates)
+        return carry
+
+    def products(
+        self, weights: Weights, h: jax.Array, x: jax.Array, hidden_mask: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """`(x W_ih, h W_hh)`, each [batch, num_gates * hidden_size], in `state_dtype`."""
+        h = h if hidden_mask is None else h * hidden_mask.astype(h.dtype)
+        return self._product("ih", weights, x), self._product("hh", weights, h)
+
+    def _product(self, name: str, weights: Weights, operand: jax.Array) -> jax.Array:
+        product = self.dot(operand, weights[f"kernel_{name}"])
+        return weights[f"norm_{name}"](product) if self.layer_norm else product
+
+    def dot(self, operand: jax.Array, kernel: jax.Array) -> jax.Array:
+        """A product in the compute dtype, added up in `state_dtype`."""
+        return jnp.dot(
+            operand.astype(self.compute_dtype),
+            kernel,
+            precision=self.precision,
+            preferred_element_type=self.state_dtype,
+        )
+
+    def add_bias(self, sums: jax.Array, weights: Weights, name: str = "bias") -> jax.Array:
+        """Sums [batch, size] plus a bias [size], if there is one."""
+        if name not in weights:
+            return sums
+        return sums + jnp.broadcast_to(weights[name], sums.shape)
+
+    def show(self, gates: dict[str, jax.Array], caller: nn.Module | None = None) -> None:
+        """Keep gates in the collection "gates" if that is asked for: `apply(..., mutable="gates")`.
+
+        They replace what an earlier `apply` left there and is handed back. Those of further calls
+        within one `apply` are kept beside the first one's, in a tuple.
+
+        Args:
+            gates: by name, each [batch, hidden_size], or [batch, time, hidden_size].
+            caller: the module whose calls count; None: this one.
+        """
+        if self.is_initializing():
+            return
+        caller = caller or self
+        keep = _append if getattr(caller, "_has_shown", False) else _replace
+        object.__setattr__(caller, "_has_shown", True)  # a note to itself; no attribute of Linen's
+        for name, value in gates.items():
+            self.sow("gates", name, value, reduce_fn=keep, init_fn=tuple)
+
+
+def _append(kept: Any, new: jax.Array) -> Any:
+    return (*kept, new) if isinstance(kept, tuple) else (kept, new)
+
+
+def _replace(kept: Any, new: jax.Array) -> jax.Array:
+    return new
+
+
+def check_carry(what: str, given: Any, like: Any, names: tuple[str, ...]) -> Any:
+    """A carry as arrays, with the shapes and dtypes of another one.
+
+    Args:
+        what: its name, for errors.
+        given: the carry, or arrays alike.
+        like: the other one.
+        names: of the states, in their order.
+
+    Raises:
+        ValueError: it has another structure, or a state has another shape or is not floating.
+    """
+    if isinstance(given, list) and isinstance(like, tuple):
+        given = tuple(given)
+    wanted, structure = jax.tree.flatten(like)
+    try:
+        states = structure.flatten_up_to(given)
+    except ValueError:
+        states = [{}]
+    if any(isinstance(state, (dict, tuple)) for state in states):
+        found = jax.tree.structure(given)
+        raise ValueError(f"{what} has the structure {found}, not {structure}")
+    checked = []
+    for name, state, zeros in zip(names, states, wanted, strict=False):
+        state = as_floats(f"{what}: {name}", state)
+        if state.shape != zeros.shape:
+            raise ValueError(f"{what}: {name} has shape {state.shape}, not {zeros.shape}")
+        checked.append(state.astype(zeros.dtype))
+    return structure.unflatten(checked)

@@ -1,4 +1,4 @@
-"""Sequence classification: a recurrent core, its last output, one dense layer."""
+"""Sequence classification: a recurrent core, its final hidden state, one dense layer."""
 
 from typing import Any
 
@@ -7,12 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from lstm_flax.models.cell import at_least_float32
+from lstm_flax.models.checks import check_floating, check_size
 from lstm_flax.models.lstm import LSTMStack
 from lstm_flax.models.stack import RecurrentStack
 
 
 class SequenceClassifier(nn.Module):
-    """Logits from the last output of a recurrent core.
+    """Logits from the top layer's final hidden state, of both directions if there are two.
+
+    That is the last output of the forward direction, and the first one of the reverse direction:
+    what each has after it has read the whole sequence.
 
     Attributes:
         core: an `LSTMStack`, `RNNStack` or `GRUStack`; its parameters are `params["core"]`.
@@ -23,6 +27,16 @@ class SequenceClassifier(nn.Module):
     core: RecurrentStack
     num_classes: int
     dtype: Any = None
+
+    def __post_init__(self) -> None:
+        """Check the attributes.
+
+        Raises:
+            ValueError: there is no class, or `dtype` is not floating.
+        """
+        check_size("num_classes", self.num_classes)
+        check_floating("dtype", self.dtype)
+        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -35,17 +49,20 @@ class SequenceClassifier(nn.Module):
         """Classify sequences into logits [batch, num_classes].
 
         Args:
-            x: [batch, time, features], or time first if the core has it so.
-            seq_lengths: [batch], as for the core; the last valid output is each sequence's own.
+            x: [batch, time, features], or time first if the core has it so, of one step at least.
+            seq_lengths: [batch], as for the core; each sequence ends at its own last valid step.
+                One of length 0 has the logits of a zero state.
             deterministic: switches dropout off.
+
+        Raises:
+            ValueError: as by the core, or x has no time steps.
         """
-        outputs, _ = self.core(x, seq_lengths=seq_lengths, deterministic=deterministic)
-        if self.core.time_major:
-            outputs = jnp.swapaxes(outputs, 0, 1)
-        if seq_lengths is None:
-            last = outputs[:, -1]
-        else:
-            last = outputs[jnp.arange(outputs.shape[0]), jnp.asarray(seq_lengths) - 1]
+        _, carry = self.core.run(x, seq_lengths=seq_lengths, deterministic=deterministic)
+        if jnp.shape(x)[0 if self.core.time_major else 1] == 0:
+            raise ValueError(f"x has shape {jnp.shape(x)}: there are no time steps to classify")
+        h_n = jax.tree.leaves(carry)[0]
+        top = h_n[-2:] if self.core.bidirectional else h_n[-1:]
+        last = jnp.concatenate(list(top), axis=-1)
         head = nn.Dense(
             self.num_classes,
             dtype=self.dtype,

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lstm_flax.models.cell import RecurrentCell
+from lstm_flax.models.cell import RecurrentCell, Weights
 from lstm_flax.models.stack import RecurrentStack
 
 
@@ -23,19 +23,26 @@ class GRUCell(RecurrentCell):
 
     num_gates: ClassVar[int] = 3
 
-    @nn.compact
-    def __call__(
-        self, carry: jax.Array, x: jax.Array, hidden_mask: jax.Array | None = None
-    ) -> jax.Array:
-        """Advance one step: carry as above, x [batch, features], hidden_mask scales `h_{t-1}`."""
-        from_x, from_h = self.products(carry, x, hidden_mask)
-        x_r, x_z, x_n = jnp.split(from_x + self.bias(), 3, axis=-1)
+    def declare(self, features: int) -> Weights:
+        """Make the parameters for x of so many features."""
+        weights = super().declare(features)
+        return weights | self.declare_bias("bias_hn", nn.initializers.zeros, gates=1)
+
+    def step(
+        self,
+        weights: Weights,
+        carry: jax.Array,
+        x: jax.Array,
+        hidden_mask: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Advance one step, see `RecurrentCell.step`."""
+        from_x, from_h = self.products(weights, carry, x, hidden_mask)
+        x_r, x_z, x_n = jnp.split(self.add_bias(from_x, weights), 3, axis=-1)
         h_r, h_z, h_n = jnp.split(from_h, 3, axis=-1)
         r, z = nn.sigmoid(x_r + h_r), nn.sigmoid(x_z + h_z)
-        n = jnp.tanh(x_n + r * (h_n + self.bias("bias_hn", nn.initializers.zeros, gates=1)))
-        self.show(reset=r, update=z, candidate=n)
+        n = jnp.tanh(x_n + r * self.add_bias(h_n, weights, "bias_hn"))
         h = (1 - z) * n + z * carry.astype(self.state_dtype)
-        return h.astype(self.compute_dtype)
+        return h.astype(self.compute_dtype), {"reset": r, "update": z, "candidate": n}
 
 
 class GRUStack(RecurrentStack):
@@ -48,6 +55,6 @@ class GRUStack(RecurrentStack):
     ((3, 7, 16), (1, 3, 16))
     """
 
-    def make_cell(self, name: str) -> GRUCell:
+    def make_cell(self, name: str | None) -> GRUCell:
         """Make the cell of one layer and direction."""
-        return GRUCell(self.hidden_size, name=name, **self.cell_options())
+        return GRUCell(self.hidden_size, **self.cell_options(name))

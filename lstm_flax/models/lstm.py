@@ -1,6 +1,6 @@
 """The LSTM: its cell, and a stack of them, which a native kernel can run."""
 
-import functools
+import dataclasses
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
 from lstm_flax.models import native
-from lstm_flax.models.cell import RecurrentCell
-from lstm_flax.models.stack import Carry, RecurrentStack
+from lstm_flax.models.cell import RecurrentCell, Weights
+from lstm_flax.models.checks import check_rate, check_size
+from lstm_flax.models.lstm_layer import Operands, lstm_layer
+from lstm_flax.models.stack import RecurrentStack
 
 LSTMCarry = tuple[jax.Array, jax.Array]
 """`(h, c)`."""
@@ -27,21 +29,31 @@ def forget_gate_ones(key, shape, dtype=jnp.float32, out_sharding=None) -> jax.Ar
     return jnp.zeros(shape, dtype).at[hidden_size : 2 * hidden_size].set(1)
 
 
-@functools.cache  # so that stacks with the same biases are equal, and compiled once
+@dataclasses.dataclass(frozen=True)
+class ChronoInit:
+    """What `chrono_init` returns; two of the same steps are equal, so that stacks with them are."""
+
+    max_steps: int
+
+    def __call__(self, key, shape, dtype=jnp.float32, out_sharding=None) -> jax.Array:
+        """Draw biases [4 * hidden_size]."""
+        (size,) = shape
+        b_f = jnp.log(jax.random.uniform(key, (size // 4,), dtype, 1, self.max_steps - 1))
+        return jnp.concatenate([-b_f, b_f, jnp.zeros(size // 2, dtype)])
+
+
 def chrono_init(max_steps: int) -> Initializer:
     """Biases, in the order i, f, g, o, of a cell that is to remember for 1 to `max_steps` steps.
 
     Unit by unit `b_f = log(u)` and `b_i = -b_f`, u being uniform in [1, max_steps - 1]; the others
     are zero (Tallec and Ollivier, "Can Recurrent Neural Networks Warp Time?", 2018).
     For `LSTMStack(..., bias_init=chrono_init(784))`.
+
+    Raises:
+        ValueError: `max_steps` is no integer of at least 2.
     """
-
-    def init(key, shape, dtype=jnp.float32, out_sharding=None):
-        (size,) = shape
-        b_f = jnp.log(jax.random.uniform(key, (size // 4,), dtype, 1, max_steps - 1))
-        return jnp.concatenate([-b_f, b_f, jnp.zeros(size // 2, dtype)])
-
-    return init
+    check_size("max_steps", max_steps, lowest=2)
+    return ChronoInit(max_steps)
 
 
 class LSTMCell(RecurrentCell):
@@ -60,7 +72,7 @@ class LSTMCell(RecurrentCell):
     Attributes:
         bias_init: as for every cell; by default the forget gate's bias starts at one, and
             `chrono_init` is for sequences of hundreds of steps.
-        proj_size: features of `h`; 0 projects nothing.
+        proj_size: features of `h`, less than `hidden_size`; 0 projects nothing.
     """
 
     bias_init: Initializer = forget_gate_ones
@@ -68,43 +80,53 @@ class LSTMCell(RecurrentCell):
 
     num_gates: ClassVar[int] = 4
 
+    def check_attributes(self) -> None:
+        """Refuse values that attributes can't have."""
+        super().check_attributes()
+        check_size("proj_size", self.proj_size, lowest=0, below=self.hidden_size)
+
     @property
     def output_size(self) -> int:
         """Features of `h`."""
         return self.proj_size or self.hidden_size
 
-    def initial_carry(self, batch_size: int) -> LSTMCarry:
-        """Zero `(h, c)`."""
-        h = jnp.zeros((batch_size, self.output_size), self.compute_dtype)
-        return h, jnp.zeros((batch_size, self.hidden_size), self.state_dtype)
+    def initialize_carry(self, rng: Any, input_shape: tuple[int, ...]) -> LSTMCarry:
+        """Zero `(h, c)`, see `RecurrentCell.initialize_carry`."""
+        c = jnp.zeros((*input_shape[:-1], self.hidden_size), self.state_dtype)
+        return super().initialize_carry(rng, input_shape), c
 
     def hidden(self, carry: LSTMCarry) -> jax.Array:
         """`h` of `(h, c)`."""
         return carry[0]
 
-    @nn.compact
-    def __call__(
-        self, carry: LSTMCarry, x: jax.Array, hidden_mask: jax.Array | None = None
-    ) -> LSTMCarry:
-        """Advance one step: carry as above, x [batch, features], hidden_mask scales `h_{t-1}`."""
-        h, c = carry
-        from_x, from_h = self.products(h, x, hidden_mask)
-        i, f, g, o = jnp.split(from_x + from_h + self.bias(), 4, axis=-1)
-        i, f, g, o = nn.sigmoid(i), nn.sigmoid(f), jnp.tanh(g), nn.sigmoid(o)
-        c = f * c + i * g
-        self.show(input=i, forget=f, candidate=g, output=o, cell=c)
-        shown = self._norm("norm_c", use_bias=True)(c) if self.layer_norm else c
-        h = (o * jnp.tanh(shown)).astype(self.compute_dtype)
+    def declare(self, features: int) -> Weights:
+        """Make the parameters for x of so many features."""
+        weights = super().declare(features)
+        if self.layer_norm:
+            weights["norm_c"] = self.declare_norm("norm_c", use_bias=True)
         if self.proj_size:
             shape = (self.hidden_size, self.proj_size)
-            kernel = self.param("kernel_hr", self.kernel_init, shape, self.param_dtype)
-            h = jnp.dot(
-                h,
-                kernel.astype(self.compute_dtype),
-                precision=self.precision,
-                preferred_element_type=self.state_dtype,
-            ).astype(self.compute_dtype)
-        return h, c
+            weights["kernel_hr"] = self.declare_param("kernel_hr", self.kernel_init, shape)
+        return weights
+
+    def step(
+        self,
+        weights: Weights,
+        carry: LSTMCarry,
+        x: jax.Array,
+        hidden_mask: jax.Array | None = None,
+    ) -> tuple[LSTMCarry, dict[str, jax.Array]]:
+        """Advance one step, see `RecurrentCell.step`."""
+        h, c = carry
+        from_x, from_h = self.products(weights, h, x, hidden_mask)
+        i, f, g, o = jnp.split(self.add_bias(from_x + from_h, weights), 4, axis=-1)
+        i, f, g, o = nn.sigmoid(i), nn.sigmoid(f), jnp.tanh(g), nn.sigmoid(o)
+        c = f * c + i * g
+        shown = weights["norm_c"](c) if self.layer_norm else c
+        h = (o * jnp.tanh(shown)).astype(self.compute_dtype)
+        if self.proj_size:
+            h = self.dot(h, weights["kernel_hr"]).astype(self.compute_dtype)
+        return (h, c), {"input": i, "forget": f, "candidate": g, "output": o, "cell": c}
 
 
 class LSTMStack(RecurrentStack):
@@ -127,6 +149,11 @@ class LSTMStack(RecurrentStack):
         >>> kept["gates"]["l0"]["forget"].shape
         (3, 7, 16)
 
+    Of several calls within one `apply`, the gates are tuples with an array for each call.
+
+    In `nn.Sequential`, set `return_carry=False`: otherwise the next module takes the final carry of
+    this one for its second argument, and a stack starts from it.
+
     Attributes:
         hidden_size: units of each layer and direction.
         num_layers: layers, the output of one being the input of the next.
@@ -142,26 +169,34 @@ class LSTMStack(RecurrentStack):
             "Zoneout", 2017); their mean in evaluation.
         zoneout_cell: the same for `c`.
         layer_norm: the LayerNorm LSTM, see `lstm_flax.models.cell`.
-        proj_size: features that `h` is projected to; 0 projects nothing.
+        proj_size: features that `h` is projected to, less than `hidden_size`; 0 projects nothing.
         time_major: time is the first axis of x and of the outputs.
+        return_carry: return `(outputs, carry)`; otherwise the outputs alone.
         kernel_init, recurrent_init, bias_init, dtype, param_dtype, precision: the cell's.
         implementation: "scan" is the plain `nn.scan` of cells, which the others are equal to;
             "native" is the kernel in `lstm_flax.models.native`, for one CPU, in float32, and in
             bfloat16 where the CPU multiplies that; "auto"
             takes the faster one that the options and the machine allow. Where "native" is asked
             for and impossible, a warning says why, and it scans; "auto" logs that to the logger
-            "lstm_flax". `jax.jvp`, derivatives of derivatives and `jax.export` need "scan".
+            "lstm_flax".
+
+    Raises:
+        ValueError: an attribute has a value that it can't have; the message gives its bounds.
     """
 
     bias_init: Initializer = forget_gate_ones
     zoneout_cell: float = 0.0
     proj_size: int = 0
 
-    def make_cell(self, name: str) -> LSTMCell:
+    def check_attributes(self) -> None:
+        """Refuse values that attributes can't have."""
+        super().check_attributes()
+        check_rate("zoneout_cell", self.zoneout_cell, may_be_one=True)
+        check_size("proj_size", self.proj_size, lowest=0, below=self.hidden_size)
+
+    def make_cell(self, name: str | None) -> LSTMCell:
         """Make the cell of one layer and direction."""
-        return LSTMCell(
-            self.hidden_size, proj_size=self.proj_size, name=name, **self.cell_options()
-        )
+        return LSTMCell(self.hidden_size, proj_size=self.proj_size, **self.cell_options(name))
 
     def zoneout_rates(self) -> tuple[float, float]:
         """The rates for `(h, c)`."""
@@ -174,16 +209,13 @@ class LSTMStack(RecurrentStack):
             x: what it would be called with.
             deterministic: the same.
         """
-        dtype = jnp.dtype(self.dtype or self.param_dtype)
-        is_known = dtype.name in native.DTYPES and self.param_dtype == jnp.float32
+        dtype = self.make_cell(None).compute_dtype
         reasons = {
             "layer_norm": self.layer_norm,
             "proj_size": self.proj_size,
             "zoneout": self.zoneout or self.zoneout_cell,
             "recurrent_dropout": self.recurrent_dropout and not deterministic,
-            f"products in {dtype.name} of parameters in {jnp.dtype(self.param_dtype).name}": (
-                not is_known
-            ),
+            f"products in {dtype.name}": dtype.name not in native.DTYPES,
             "an odd hidden_size in bfloat16": dtype == jnp.bfloat16 and self.hidden_size % 2,
             "gates are asked for": self.scope and self.is_mutable_collection("gates"),
             "nothing to compute": 0 in x.shape,
@@ -191,31 +223,22 @@ class LSTMStack(RecurrentStack):
             "several devices": jax.device_count() > 1,
         }
         found = [reason for reason, applies in reasons.items() if applies]
-        return found[0] if found else native.problem(dtype)
+        return found[0] if found else native.unavailable(dtype)
 
     def run_native(
-        self, cell: RecurrentCell, carry: Carry, x: jax.Array, lengths: Any, reverse: bool
-    ) -> tuple[tuple[Carry], jax.Array]:
-        """Run one layer and direction by its native kernel, as the scan does."""
-        if self.time_major:
-            x = x.swapaxes(0, 1)
-        batch, time, features = x.shape
-        x, kernel_ih = x.astype(cell.compute_dtype), self._weight(cell, "kernel_ih")
-        if x.dtype == jnp.bfloat16 and features % 2:  # it takes two at a time
-            x = jnp.pad(x, ((0, 0), (0, 0), (0, 1)))
-            kernel_ih = jnp.pad(kernel_ih, ((0, 1), (0, 0)))
-        bias = self._weight(cell, "bias") if self.use_bias else jnp.zeros(4 * self.hidden_size)
-        outputs, h_n, c_n = native.lstm_layer(
-            x,
-            kernel_ih,
-            self._weight(cell, "kernel_hh"),
-            bias.astype(jnp.float32),
-            *carry,
-            jnp.full(batch, time, jnp.int32) if lengths is None else jnp.clip(lengths, 0, time),
-            reverse,
+        self, cell: RecurrentCell, carry: LSTMCarry, x: jax.Array, lengths: jax.Array, reverse: bool
+    ) -> tuple[LSTMCarry, jax.Array]:
+        """Run one layer and direction over x [batch, time, features] by its native kernel."""
+        weights = cell.weights(x.shape[-1], kernel_dtype=cell.state_dtype)
+        no_bias = jnp.zeros(4 * self.hidden_size, cell.state_dtype)
+        operands = Operands(
+            x=x.astype(cell.compute_dtype),
+            kernel_ih=weights["kernel_ih"],
+            kernel_hh=weights["kernel_hh"],
+            bias=weights.get("bias", no_bias),
+            h_0=carry[0],
+            c_0=carry[1],
+            lengths=lengths,
         )
-        return ((h_n, c_n),), outputs.swapaxes(0, 1) if self.time_major else outputs
-
-    @staticmethod
-    def _weight(cell: RecurrentCell, name: str) -> jax.Array:
-        return nn.meta.unbox(cell.get_variable("params", name))
+        outputs, h_n, c_n = lstm_layer(operands, reverse=reverse, precision=self.precision)
+        return (h_n, c_n), outputs

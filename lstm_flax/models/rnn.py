@@ -6,8 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lstm_flax.models.cell import RecurrentCell
+from lstm_flax.models.cell import RecurrentCell, Weights
+from lstm_flax.models.checks import check_choice
 from lstm_flax.models.stack import RecurrentStack
+
+_NONLINEARITIES = {"tanh": jnp.tanh, "relu": nn.relu}
 
 
 class RNNCell(RecurrentCell):
@@ -23,16 +26,23 @@ class RNNCell(RecurrentCell):
 
     nonlinearity: Literal["tanh", "relu"] = "tanh"
 
-    @nn.compact
-    def __call__(
-        self, carry: jax.Array, x: jax.Array, hidden_mask: jax.Array | None = None
-    ) -> jax.Array:
-        """Advance one step: carry as above, x [batch, features], hidden_mask scales `h_{t-1}`."""
-        from_x, from_h = self.products(carry, x, hidden_mask)
-        activation = {"tanh": jnp.tanh, "relu": nn.relu}[self.nonlinearity]
-        h = activation(from_x + from_h + self.bias()).astype(self.compute_dtype)
-        self.show(hidden=h)
-        return h
+    def check_attributes(self) -> None:
+        """Refuse values that attributes can't have."""
+        super().check_attributes()
+        check_choice("nonlinearity", self.nonlinearity, tuple(_NONLINEARITIES))
+
+    def step(
+        self,
+        weights: Weights,
+        carry: jax.Array,
+        x: jax.Array,
+        hidden_mask: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Advance one step, see `RecurrentCell.step`."""
+        from_x, from_h = self.products(weights, carry, x, hidden_mask)
+        activation = _NONLINEARITIES[self.nonlinearity]
+        h = activation(self.add_bias(from_x + from_h, weights)).astype(self.compute_dtype)
+        return h, {"hidden": h}
 
 
 class RNNStack(RecurrentStack):
@@ -52,8 +62,11 @@ class RNNStack(RecurrentStack):
 
     nonlinearity: Literal["tanh", "relu"] = "tanh"
 
-    def make_cell(self, name: str) -> RNNCell:
+    def check_attributes(self) -> None:
+        """Refuse values that attributes can't have."""
+        super().check_attributes()
+        check_choice("nonlinearity", self.nonlinearity, tuple(_NONLINEARITIES))
+
+    def make_cell(self, name: str | None) -> RNNCell:
         """Make the cell of one layer and direction."""
-        return RNNCell(
-            self.hidden_size, nonlinearity=self.nonlinearity, name=name, **self.cell_options()
-        )
+        return RNNCell(self.hidden_size, nonlinearity=self.nonlinearity, **self.cell_options(name))

@@ -44,9 +44,7 @@ def forward(x, kernel_ih, kernel_hh, bias, h_0, c_0, lengths, *, reverse, keep, 
     return tuple(results if keep else results[:3])
 
 
-def gate_gradients(
-    kernel_hh, c_0, lengths, gates, cells, d_outputs, d_h_n, d_c_n, *, reverse, **_
-):
+def gate_gradients(d_outputs, d_h_n, d_c_n, gates, cells, kernel_hh, c_0, lengths, *, reverse, **_):
     """`lstm_layer.gate_gradients` by the kernel."""
     dtype = d_outputs.dtype
     results = (

@@ -161,9 +161,19 @@ def gate_gradients(
 
 def weight_gradients(x, h_0, outputs, lengths, d_gates, *, reverse, precision, dtype):
     """`(d_kernel_ih, d_kernel_hh, d_bias)`, in the accumulation dtype, which is `dtype`."""
-    add_up = partial(jnp.einsum, "btk,btg->kg", precision=precision, preferred_element_type=dtype)
     before = _step_before(outputs, h_0, lengths, reverse)
-    return add_up(x, d_gates), add_up(before, d_gates), d_gates.sum((0, 1), dtype=dtype)
+
+    def add_up(inputs):
+        return jax.lax.dot_general(
+            inputs,
+            d_gates,
+            (((0, 1), (0, 1)), ((), ())),  # over batch and time
+            precision=precision,
+            preferred_element_type=dtype,
+            out_sharding=_columns_sharding(inputs, d_gates),
+        )
+
+    return add_up(x), add_up(before), d_gates.sum((0, 1), dtype=dtype)
 
 
 def input_gradient(d_gates, kernel_ih, *, precision):
@@ -206,11 +216,12 @@ def _step_before(states: jax.Array, initial: jax.Array, lengths: jax.Array, reve
 
 
 def _columns_sharding(a: jax.Array, b: jax.Array) -> NamedSharding | None:
-    """For `einsum("btk,btg->kg", a, b)` on an explicit mesh, which has to be told; else None."""
-    sharding, other = jax.typeof(a).sharding, jax.typeof(b).sharding
-    if not any((*sharding.spec, *other.spec)):
+    """Of the last axes of both, for products over the others, which an explicit mesh asks for."""
+    a_type, b_type = jax.typeof(a), jax.typeof(b)
+    if not any((*a_type.sharding.spec, *b_type.sharding.spec)):
         return None
-    return NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[2], other.spec[2]))
+    columns = PartitionSpec(a_type.sharding.spec[-1], b_type.sharding.spec[-1])
+    return NamedSharding(a_type.sharding.mesh, columns)
 
 
 # ---- How a definition becomes a primitive.

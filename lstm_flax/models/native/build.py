@@ -134,10 +134,12 @@ def cache_folder() -> Path | None:
     try:
         # The XDG specification has relative paths ignored.
         base = Path(named) if os.path.isabs(named) else Path.home() / ".cache"
+        if not base.is_absolute():
+            return None
         folder = base / "lstm_flax"
         base.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
-        return folder if base.is_absolute() and _is_ours(folder, stat.S_ISDIR) else None
+        return folder if _is_ours(folder, stat.S_ISDIR) else None
     except (OSError, RuntimeError) as error:
         logger.info("the kernel can't be kept: %s", error)
         return None

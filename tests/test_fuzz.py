@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.errors import FlaxError
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import lstm_flax
@@ -102,12 +102,12 @@ EDITS = {
     "a shorter bias": edit_leaf("bias", lambda p: p[:-1]),
     "a bias of one": edit_leaf("bias", lambda p: p[:1]),
     **{
-        f"{name} transposed": edit_leaf(name, np.transpose, layer)
+        f"{layer} {name} transposed": edit_leaf(name, np.transpose, layer)
         for name in ("kernel_ih", "kernel_hh")
         for layer in ("l0", "l1", "l0_reverse")
     },
     **{
-        f"parameters in {dtype}": change("params", as_type(dtype))
+        f"parameters in {np.dtype(dtype)}": change("params", as_type(dtype))
         for dtype in (jnp.bfloat16, np.int32)
     },
     **{
@@ -220,8 +220,9 @@ def cases(kind):
         "hidden_size": st.sampled_from([1, 8]),
         "num_layers": st.sampled_from([1, 2]),
         "bidirectional": st.booleans(),
-        "use_bias": st.sampled_from([True, True, False]),
+        "use_bias": st.booleans(),
     }
+    some_edits = st.lists(st.sampled_from(sorted(EDITS)), min_size=1, max_size=2, unique=True)
     return st.fixed_dictionaries(
         {
             "stack": st.just(kind),
@@ -229,8 +230,8 @@ def cases(kind):
             "shape": st.sampled_from([(1, 1, 1), (3, 4, 5)]),
             "carry": st.booleans(),
             "lengths": st.booleans(),
-            "jitted": st.booleans(),
-            "edits": st.lists(st.sampled_from(sorted(EDITS)), max_size=2, unique=True),
+            "jitted": st.sampled_from([True, True, False]),
+            "edits": st.one_of(st.just([]), some_edits, some_edits, some_edits),
         }
     )
 
@@ -239,36 +240,40 @@ def run_cases(kind, implementation, count):
     """Run so many cases in this process; prints each beforehand, and all that fail."""
     warnings.simplefilter("ignore")  # that "native" scans
     jax.config.update("jax_traceback_filtering", "off")
-    failed = []
+    failed = {}
 
+    # In one example, whose cases have nothing to do with each other: Hypothesis makes further
+    # examples of earlier ones. Its first is the simplest, over and over.
     @seed(0)
     @settings(
-        max_examples=count,
+        max_examples=2,
         database=None,
         deadline=None,
+        phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(cases(kind))
-    def run(case):
-        print(case, flush=True)
-        try:
-            check(case, implementation)
-        except AssertionError as error:
-            failed.append(f"{case}\n  {' '.join(str(error).split())[:700]}")
+    @given(st.lists(cases(kind), min_size=count, max_size=count))
+    def run(drawn):
+        for case in {str(case): case for case in drawn}.values():
+            print(case, flush=True)
+            try:
+                check(case, implementation)
+            except AssertionError as error:
+                failed[str(case)] = " ".join(str(error).split())[:700]
 
     run()
     if failed:
-        sys.exit("\n".join(failed))
+        sys.exit("\n".join(f"{case}\n  {error}" for case, error in failed.items()))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "implementation", "count"),
     [
-        ("LSTMStack", "native", 60),
-        ("LSTMStack", "auto", 40),
-        ("GRUStack", "auto", 20),
-        ("RNNStack", "native", 20),
+        ("LSTMStack", "native", 45),
+        ("LSTMStack", "auto", 25),
+        ("GRUStack", "auto", 12),
+        ("RNNStack", "native", 12),
     ],
 )
 def test_it_computes_or_refuses_as_the_scan_does(kind, implementation, count):

@@ -14,6 +14,7 @@
 #include <cstring>
 #include <vector>
 
+#include "shapes.h"
 #include "threads.h"
 #include "vectors.h"
 #include "xla/ffi/api/ffi.h"
@@ -169,8 +170,8 @@ void RunForward(ForwardArrays<N> a) {
   Scratch sums(ahead && !a.gates ? batch * time * 4 * hidden : 0);
   if (ahead) a.sums = a.gates ? a.gates : sums.data();
   const int64_t panels = (hidden + kLanes - 1) / kLanes, panel_size = ForwardPanelSize<N>(a.size);
-  std::memcpy(a.h_n, a.h_0, batch * hidden * sizeof *a.h_n);
-  std::memcpy(a.c_n, a.c_0, batch * hidden * sizeof *a.c_n);
+  std::copy_n(a.h_0, batch * hidden, a.h_n);
+  std::copy_n(a.c_0, batch * hidden, a.c_n);
   auto work = [&](Span mine, auto next, Barrier& barrier) {
     Scratch scratch((mine.end - mine.begin) * panel_size);
     for (int64_t p = mine.begin; p < mine.end; ++p) {
@@ -288,7 +289,7 @@ void RunGateGradients(const GateGradientArrays<N>& a) {
   const int64_t batch = a.size.batch, time = a.size.time, hidden = a.size.hidden;
   const int64_t panels = (hidden + kColumns - 1) / kColumns;
   const int64_t panel_size = 4 * hidden / N::kPerWord * kColumns;
-  std::memcpy(a.d_c_0, a.d_c_n, batch * hidden * sizeof *a.d_c_0);
+  std::copy_n(a.d_c_n, batch * hidden, a.d_c_0);
   auto work = [&](Span mine, auto next, Barrier& barrier) {
     Scratch scratch((mine.end - mine.begin) * panel_size);
     for (int64_t p = mine.begin; p < mine.end; ++p) {
@@ -430,9 +431,9 @@ void RunWeightGradients(const WeightGradientArrays<N>& a) {
   typedef typename N::Number Number;
   const int64_t time = a.size.time, features = a.size.features, hidden = a.size.hidden;
   const int64_t gates = 4 * hidden, panels = (gates + kColumns - 1) / kColumns;
-  std::memset(a.d_kernel_ih, 0, features * gates * 4);
-  std::memset(a.d_kernel_hh, 0, hidden * gates * 4);
-  std::memset(a.d_bias, 0, gates * 4);
+  std::fill_n(a.d_kernel_ih, features * gates, 0.f);
+  std::fill_n(a.d_kernel_hh, hidden * gates, 0.f);
+  std::fill_n(a.d_bias, gates, 0.f);
   auto input = [&](int64_t row) { return a.x + row * features; };
   auto state_before = [&](int64_t row) -> const Number* {
     const int64_t b = row / time, t = row % time;
@@ -475,7 +476,7 @@ void RunWeightGradients(const WeightGradientArrays<N>& a) {
   Parallel(panels, 1, 1, 0, work);
 }
 
-// ---- What XLA calls.
+// ---- What XLA calls, with buffers of the right types, but of any shape.
 
 using Floats = ffi::Buffer<ffi::F32>;
 using FloatsResult = ffi::Result<Floats>;
@@ -485,62 +486,123 @@ using Numbers = ffi::Buffer<N::kPerWord == 1 ? ffi::F32 : ffi::BF16>;
 template <typename N>
 using NumbersResult = ffi::Result<Numbers<N>>;
 
-template <typename N>
-Sizes SizesOf(const Numbers<N>& x, const Floats& kernel_hh) {
-  const auto dims = x.dimensions();
-  return {dims[0], dims[1], dims[2], kernel_hh.dimensions()[0]};
+// No exception may reach XLA. The text is short enough to need no memory of its own.
+inline ffi::Error OutOfMemory() {
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "out of memory");
 }
 
 template <typename N>
 ffi::Error Forward(Numbers<N> x, Floats kernel_ih, Floats kernel_hh, Floats bias, Numbers<N> h_0,
                    Floats c_0, Lengths lengths, NumbersResult<N> outputs, NumbersResult<N> h_n,
-                   FloatsResult c_n, FloatsResult gates, FloatsResult cells, bool reverse) {
-  const bool keep = gates->element_count() > 0;
+                   FloatsResult c_n, FloatsResult gates, FloatsResult cells, bool reverse) try {
+  const Sizes size = {Dim(x, 0), Dim(x, 1), Dim(x, 2), Dim(kernel_hh, 0)};
+  const auto [batch, time, features, hidden] = size;
+  const bool keep = !IsEmpty(*gates) || !IsEmpty(*cells);
+  Checks checks;
+  checks.Shape("x [batch, time, features]", x, {batch, time, features});
+  checks.Shape("kernel_hh [hidden, 4 * hidden]", kernel_hh, {hidden, 4 * hidden});
+  checks.Shape("kernel_ih [features, 4 * hidden]", kernel_ih, {features, 4 * hidden});
+  checks.Shape("bias [4 * hidden]", bias, {4 * hidden});
+  checks.Shape("h_0 [batch, hidden]", h_0, {batch, hidden});
+  checks.Shape("c_0 [batch, hidden]", c_0, {batch, hidden});
+  checks.Shape("lengths [batch]", lengths, {batch});
+  checks.Shape("outputs [batch, time, hidden]", *outputs, {batch, time, hidden});
+  checks.Shape("h_n [batch, hidden]", *h_n, {batch, hidden});
+  checks.Shape("c_n [batch, hidden]", *c_n, {batch, hidden});
+  if (keep) checks.Shape("gates [batch, time, 4 * hidden]", *gates, {batch, time, 4 * hidden});
+  if (keep) checks.Shape("cells [batch, time, hidden]", *cells, {batch, time, hidden});
+  checks.Words("features", features, N::kPerWord);
+  checks.Words("hidden", hidden, N::kPerWord);
+  checks.Range("lengths", lengths, time);
+  if (checks.failed()) return checks.error();
+
   PreferLargePages(outputs->typed_data(), outputs->size_bytes());
   if (keep) PreferLargePages(gates->typed_data(), gates->size_bytes());
   if (keep) PreferLargePages(cells->typed_data(), cells->size_bytes());
-  RunForward<N>({SizesOf<N>(x, kernel_hh), x.typed_data(), kernel_ih.typed_data(),
-                 kernel_hh.typed_data(), bias.typed_data(), h_0.typed_data(), c_0.typed_data(),
-                 lengths.typed_data(), reverse, outputs->typed_data(), h_n->typed_data(),
-                 c_n->typed_data(), keep ? gates->typed_data() : nullptr,
-                 keep ? cells->typed_data() : nullptr});
+  RunForward<N>({size, x.typed_data(), kernel_ih.typed_data(), kernel_hh.typed_data(),
+                 bias.typed_data(), h_0.typed_data(), c_0.typed_data(), lengths.typed_data(),
+                 reverse, outputs->typed_data(), h_n->typed_data(), c_n->typed_data(),
+                 keep ? gates->typed_data() : nullptr, keep ? cells->typed_data() : nullptr});
   return ffi::Error::Success();
+} catch (const std::exception&) {
+  return OutOfMemory();
 }
 
 template <typename N>
 ffi::Error GateGradients(Floats kernel_hh, Floats c_0, Lengths lengths, Floats gates, Floats cells,
                          Numbers<N> d_outputs, Numbers<N> d_h_n, Floats d_c_n,
-                         NumbersResult<N> d_gates, FloatsResult d_c_0, bool reverse) {
-  const auto dims = cells.dimensions();
-  const Sizes size{dims[0], dims[1], 0, dims[2]};
-  const std::vector<typename N::Number> zeros(4 * size.hidden);
-  RunGateGradients<N>({size, kernel_hh.typed_data(), c_0.typed_data(), lengths.typed_data(),
-                       gates.typed_data(), cells.typed_data(), d_outputs.typed_data(),
-                       d_h_n.typed_data(), d_c_n.typed_data(), reverse, d_gates->typed_data(),
-                       d_c_0->typed_data(), zeros.data()});
+                         NumbersResult<N> d_gates, FloatsResult d_c_0, bool reverse) try {
+  const int64_t batch = Dim(cells, 0), time = Dim(cells, 1), hidden = Dim(kernel_hh, 0);
+  Checks checks;
+  checks.Shape("kernel_hh [hidden, 4 * hidden]", kernel_hh, {hidden, 4 * hidden});
+  checks.Shape("c_0 [batch, hidden]", c_0, {batch, hidden});
+  checks.Shape("lengths [batch]", lengths, {batch});
+  checks.Shape("gates [batch, time, 4 * hidden]", gates, {batch, time, 4 * hidden});
+  checks.Shape("cells [batch, time, hidden]", cells, {batch, time, hidden});
+  checks.Shape("d_outputs [batch, time, hidden]", d_outputs, {batch, time, hidden});
+  checks.Shape("d_h_n [batch, hidden]", d_h_n, {batch, hidden});
+  checks.Shape("d_c_n [batch, hidden]", d_c_n, {batch, hidden});
+  checks.Shape("d_gates [batch, time, 4 * hidden]", *d_gates, {batch, time, 4 * hidden});
+  checks.Shape("d_c_0 [batch, hidden]", *d_c_0, {batch, hidden});
+  checks.Words("hidden", hidden, N::kPerWord);
+  checks.Range("lengths", lengths, time);
+  if (checks.failed()) return checks.error();
+
+  const std::vector<typename N::Number> zeros(IsEmpty(cells) ? 0 : 4 * hidden);
+  RunGateGradients<N>({{batch, time, 0, hidden}, kernel_hh.typed_data(), c_0.typed_data(),
+                       lengths.typed_data(), gates.typed_data(), cells.typed_data(),
+                       d_outputs.typed_data(), d_h_n.typed_data(), d_c_n.typed_data(), reverse,
+                       d_gates->typed_data(), d_c_0->typed_data(), zeros.data()});
   return ffi::Error::Success();
+} catch (const std::exception&) {
+  return OutOfMemory();
 }
 
 template <typename N>
 ffi::Error WeightGradients(Numbers<N> x, Numbers<N> h_0, Numbers<N> outputs, Lengths lengths,
                            Numbers<N> d_gates, FloatsResult d_kernel_ih, FloatsResult d_kernel_hh,
-                           FloatsResult d_bias, bool reverse) {
-  const auto dims = x.dimensions();
-  const Sizes size{dims[0], dims[1], dims[2], h_0.dimensions()[1]};
-  const std::vector<typename N::Number> zeros(std::max(size.hidden, size.features));
-  RunWeightGradients<N>({size, x.typed_data(), h_0.typed_data(), outputs.typed_data(),
-                         lengths.typed_data(), d_gates.typed_data(), reverse,
+                           FloatsResult d_bias, bool reverse) try {
+  const int64_t batch = Dim(x, 0), time = Dim(x, 1), features = Dim(x, 2), hidden = Dim(h_0, 1);
+  Checks checks;
+  checks.Shape("x [batch, time, features]", x, {batch, time, features});
+  checks.Shape("h_0 [batch, hidden]", h_0, {batch, hidden});
+  checks.Shape("outputs [batch, time, hidden]", outputs, {batch, time, hidden});
+  checks.Shape("lengths [batch]", lengths, {batch});
+  checks.Shape("d_gates [batch, time, 4 * hidden]", d_gates, {batch, time, 4 * hidden});
+  checks.Shape("d_kernel_ih [features, 4 * hidden]", *d_kernel_ih, {features, 4 * hidden});
+  checks.Shape("d_kernel_hh [hidden, 4 * hidden]", *d_kernel_hh, {hidden, 4 * hidden});
+  checks.Shape("d_bias [4 * hidden]", *d_bias, {4 * hidden});
+  checks.Words("features", features, N::kPerWord);
+  checks.Words("hidden", hidden, N::kPerWord);
+  checks.Range("lengths", lengths, time);
+  if (checks.failed()) return checks.error();
+
+  const std::vector<typename N::Number> zeros(IsEmpty(outputs) ? 0 : std::max(hidden, features));
+  RunWeightGradients<N>({{batch, time, features, hidden}, x.typed_data(), h_0.typed_data(),
+                         outputs.typed_data(), lengths.typed_data(), d_gates.typed_data(), reverse,
                          d_kernel_ih->typed_data(), d_kernel_hh->typed_data(),
                          d_bias->typed_data(), zeros.data()});
   return ffi::Error::Success();
+} catch (const std::exception&) {
+  return OutOfMemory();
 }
 
 template <typename N>
-ffi::Error InputGradient(Numbers<N> d_gates, Floats kernel_ih, NumbersResult<N> d_x) {
-  const auto dims = d_gates.dimensions();
-  RunInputGradient<N>({dims[0] * dims[1], kernel_ih.dimensions()[0], dims[2],
-                       d_gates.typed_data(), kernel_ih.typed_data(), d_x->typed_data()});
+ffi::Error InputGradient(Numbers<N> d_gates, Floats kernel_ih, NumbersResult<N> d_x) try {
+  const int64_t batch = Dim(d_gates, 0), time = Dim(d_gates, 1), gates = Dim(d_gates, 2);
+  const int64_t features = Dim(kernel_ih, 0);
+  Checks checks;
+  checks.Shape("d_gates [batch, time, gates]", d_gates, {batch, time, gates});
+  checks.Shape("kernel_ih [features, gates]", kernel_ih, {features, gates});
+  checks.Shape("d_x [batch, time, features]", *d_x, {batch, time, features});
+  checks.Words("gates", gates, N::kPerWord);
+  if (checks.failed()) return checks.error();
+
+  RunInputGradient<N>({batch * time, features, gates, d_gates.typed_data(),
+                       kernel_ih.typed_data(), d_x->typed_data()});
   return ffi::Error::Success();
+} catch (const std::exception&) {
+  return OutOfMemory();
 }
 
 }  // namespace lstm

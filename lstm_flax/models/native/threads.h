@@ -5,11 +5,14 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <vector>
 
+#include <pthread.h>
 #if defined(__linux__)
 #include <sched.h>
 #include <sys/mman.h>
@@ -22,7 +25,12 @@ namespace lstm {
 // All of `count` threads wait for the last; they meet after each time step, so they spin.
 class Barrier {
  public:
+  struct Broken : std::exception {};
+
   explicit Barrier(int count) : count_(count) {}
+
+  // One of them won't come: the others throw Broken in place of waiting for ever.
+  void Break() { is_broken_.store(true, std::memory_order_release); }
 
   void Wait() {
     if (count_ == 1) return;
@@ -33,6 +41,7 @@ class Barrier {
       return;
     }
     for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) {
+      if (is_broken_.load(std::memory_order_acquire)) throw Broken();
       if (spins > 2000) std::this_thread::yield();
     }
   }
@@ -40,6 +49,7 @@ class Barrier {
  private:
   const int count_;
   std::atomic<int> arrived_{0}, turn_{0};
+  std::atomic<bool> is_broken_{false};
 };
 
 // Cores that this process may use.
@@ -88,11 +98,13 @@ class Shares {
 // weights, and the rows of the batch that next(&rows) gives it until that is false. Rows need no
 // barrier, but each thread that has all panels needs them in its own cache; so where they are too
 // large for it, or there are fewer tiles of rows than threads, threads share panels instead. Those
-// have the same rows, and a barrier to meet at.
+// have the same rows, and a barrier to meet at. What one of them throws is thrown here. Where the
+// system refuses a thread, there are fewer.
 template <typename Work>
-void Parallel(int64_t batch, int64_t unit, int64_t panels, int64_t panel_bytes, Work work) {
+void Parallel(int64_t batch, int64_t unit, int64_t panels, int64_t panel_bytes, const Work& work,
+              int threads = CountCores()) {
   constexpr int64_t kCacheBytes = 1 << 22;
-  const int threads = CountCores();
+  if (batch == 0 || panels == 0) return;
   int over_rows = std::min<int64_t>(threads, (batch + unit - 1) / unit);
   int over_panels = std::min<int64_t>(threads / over_rows, panels);
   while (over_rows > 1 && over_panels < panels &&
@@ -100,20 +112,41 @@ void Parallel(int64_t batch, int64_t unit, int64_t panels, int64_t panel_bytes, 
     over_rows = (over_rows + 1) / 2;
     over_panels = std::min<int64_t>(threads / over_rows, panels);
   }
+  const int wanted = over_rows * over_panels;
   Shares all({0, batch}, unit, over_rows);
   std::vector<std::unique_ptr<Barrier>> barriers;
   for (int i = 0; i < over_rows; ++i) barriers.push_back(std::make_unique<Barrier>(over_panels));
+  // Threads that share panels can't do without each other: none begins before all are there.
+  Barrier start(over_panels == 1 ? 1 : wanted);
+  std::mutex mutex;
+  std::exception_ptr failure;
   auto run = [&](int index) {
     const int row_part = index / over_panels, panel_part = index % over_panels;
-    Shares own(Part(batch, unit, over_rows, row_part), unit, 1);
-    Shares& shares = over_panels == 1 ? all : own;
-    work(Part(panels, 1, over_panels, panel_part), [&](Span* rows) { return shares.Next(rows); },
-         *barriers[row_part]);
+    try {
+      start.Wait();
+      Shares own(Part(batch, unit, over_rows, row_part), unit, 1);
+      Shares& shares = over_panels == 1 ? all : own;
+      work(Part(panels, 1, over_panels, panel_part),
+           [&](Span* rows) { return shares.Next(rows); }, *barriers[row_part]);
+    } catch (...) {
+      const std::lock_guard<std::mutex> guard(mutex);
+      if (!failure) failure = std::current_exception();
+      barriers[row_part]->Break();
+    }
   };
   std::vector<std::thread> others;
-  for (int i = 1; i < over_rows * over_panels; ++i) others.emplace_back(run, i);
-  run(0);
+  others.reserve(wanted - 1);
+  try {
+    for (int i = 1; i < wanted; ++i) others.emplace_back(run, i);
+  } catch (const std::exception&) {
+    start.Break();
+  }
+  const int started = 1 + others.size();
+  const bool is_enough = over_panels == 1 || started == wanted;
+  if (is_enough) run(0);
   for (auto& other : others) other.join();
+  if (!is_enough) return Parallel(batch, unit, panels, panel_bytes, work, started);
+  if (failure) std::rethrow_exception(failure);
 }
 
 // Memory for a call, kept for the next one: freshly mapped, it costs more than what is done in it.
@@ -131,14 +164,22 @@ class Scratch {
   ~Scratch() {
     if (storage_.size() * sizeof(Vec) > kLargest) return;
     const std::lock_guard<std::mutex> guard(mutex_);
-    kept_.push_back(std::move(storage_));
+    try {
+      kept_.push_back(std::move(storage_));
+    } catch (const std::bad_alloc&) {  // then it is not kept
+    }
   }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
   float* data() { return reinterpret_cast<float*>(storage_.data()); }
 
  private:
   static constexpr size_t kLargest = 1 << 25;  // bytes that are worth keeping
   inline static std::mutex mutex_;
   inline static std::vector<std::vector<Vec>> kept_;
+  // Nobody holds the mutex while the process forks: in the child, there would be none to unlock it.
+  inline static const int registered_ = pthread_atfork(
+      [] { mutex_.lock(); }, [] { mutex_.unlock(); }, [] { mutex_.unlock(); });
   std::vector<Vec> storage_;
 };
 

@@ -66,6 +66,7 @@ def train_a_little(num_steps):
     return fresh, jax.tree.leaves((state, metrics)), jax.tree.leaves((evaluated, read))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", [jax.enable_x64(True), jax.disable_jit()], ids=["x64", "eager"])
 def test_neither_x64_nor_the_lack_of_jit_changes_what_comes_out(context):
     """So that a checkpoint that was made with it can be restored without, and the other way."""

@@ -77,6 +77,9 @@ def compile_train_steps(run: Run, position: Position) -> TakeSteps:
         read=from_config.reading(run.config),
         label_smoothing=run.config.label_smoothing,
     )
+    # Somebody debugs: JAX then runs nothing that was compiled ahead.
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # JAX declares no flags
+        return take_steps
     before = (position.state, position.metrics)
     # What comes out lies on the devices as what went in, so that it can go in again.
     layout = jax.tree.map(lambda array: array.sharding, before)

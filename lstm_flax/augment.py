@@ -1,8 +1,13 @@
 """Random image distortions, drawn and applied on the device inside the train step."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.ndimage import map_coordinates
+
+from lstm_flax.arguments import check, check_array
 
 
 def distort(
@@ -22,14 +27,26 @@ def distort(
         key: PRNG key; the same key gives the same distortions.
         images: [batch, height, width], floating; what moves in from outside is 0.
         max_rotation: radians, either way; this and the next three are drawn uniformly.
-        max_shear: radians, either way.
-        max_scale: fraction by which height and width, each by itself, grow or shrink.
+        max_shear: radians, either way, less than a right angle.
+        max_scale: fraction, less than 1, by which height and width, each by itself, grow or
+            shrink.
         max_shift: pixels along each axis, either way.
         elastic: pixels by which points move on their own, as a standard deviation along each axis
             (Simard, Steinkraus and Platt, "Best Practices for Convolutional Neural Networks",
             2003); 0 bends nothing.
         elastic_radius: pixels over which neighbours move together, a Gaussian's.
+
+    Raises:
+        ValueError: the images are of another rank or dtype, or an amount is out of its bounds.
     """
+    check_array("images", images, ("batch", "height", "width"), np.floating)
+    _check_less("max_rotation", max_rotation, math.inf)
+    _check_less("max_shear", max_shear, math.pi / 2)
+    _check_less("max_scale", max_scale, 1)
+    _check_less("max_shift", max_shift, math.inf)
+    _check_less("elastic", elastic, math.inf)
+    radius = "a finite number greater than 0"
+    check("elastic_radius", elastic_radius, radius, lambda r: 0 < r < math.inf)
     batch, height, width = images.shape
     limits = jnp.array(
         [max_rotation, max_shear, max_scale, max_scale, max_shift, max_shift], images.dtype
@@ -56,6 +73,10 @@ def distort(
     return jax.vmap(lambda image, *at: map_coordinates(image, at, order=1))(
         images, source_y, source_x
     )
+
+
+def _check_less(name: str, value: float, bound: float) -> None:
+    check(name, value, f"at least 0 and less than {bound:.4g}", lambda v: 0 <= v < bound)
 
 
 def _smoothed(noise: jax.Array, radius: float) -> jax.Array:

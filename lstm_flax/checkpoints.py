@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import operator
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +26,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from lstm_flax.arguments import check, check_integer
 
 
 class CheckpointError(Exception):
@@ -64,8 +67,10 @@ def open_checkpoints(
         read_only: change nothing on disk.
 
     Raises:
+        ValueError: `keep` is no positive integer.
         CheckpointError: on closing, where the last save failed.
     """
+    check_integer("keep", keep, 1)
     policies = [preservation_policy.LatestN(keep), _Best(directory.absolute())]
     options = ocp.CheckpointManagerOptions(
         preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
@@ -101,8 +106,13 @@ def save(
         metrics: what `merit` judges, as JSON values.
 
     Raises:
-        CheckpointError: this save can't be started, or the one before it failed.
+        ValueError: the step is no integer from 0 on, or the tree is not one of arrays.
+        CheckpointError: the step is not the largest, this save can't be started, or the one before
+            it failed.
     """
+    check_integer("step", step, 0)
+    if (last := manager.latest_step()) is not None and step <= last:
+        raise CheckpointError(f"step {step} can't be saved after step {last}")
     leaves = _describe(tree)
     for leaf, fingerprint in zip(leaves.values(), _fingerprints(tree), strict=True):
         leaf["fingerprint"] = int(fingerprint)
@@ -148,9 +158,11 @@ def restore(manager: ocp.CheckpointManager, like: Any, step: int) -> Restored:
         step: `manager.latest_step()`, `best_step(manager)` or any other.
 
     Raises:
+        ValueError: the step is no integer, or `like` is not a tree of arrays.
         DamagedError: the checkpoint is not as it was saved.
         CheckpointError: there is no checkpoint of that step, or its tree is not as `like`.
     """
+    check("step", step, "an integer", lambda s: operator.index(s) is not None)
     if step not in manager.all_steps():
         steps = ", ".join(map(str, sorted(manager.all_steps()))) or "none"
         raise CheckpointError(
@@ -236,13 +248,23 @@ def _read_about(directory: Path, step: int) -> dict[str, Any]:
 
 def _describe(tree: Any) -> dict[str, dict[str, Any]]:
     """Shape and dtype of each leaf, by its path, in the order of `jax.tree.leaves`."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): {
-            "shape": list(leaf.shape),
-            "dtype": str(leaf.dtype),
-        }
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+    if not leaves:
+        raise ValueError("the tree holds no arrays")
+    for name, leaf in leaves.items():
+        dtype = getattr(leaf, "dtype", type(leaf).__name__)
+        if not hasattr(leaf, "shape") or not _is_numeric(dtype):
+            raise ValueError(f"{name or 'the tree'} is {dtype}, not an array of numbers")
+    return {
+        name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for name, leaf in leaves.items()
+    }
+
+
+def _is_numeric(dtype: Any) -> bool:
+    return any(jax.dtypes.issubdtype(dtype, kind) for kind in (np.number, np.bool_))
 
 
 def _check_leaves(step: int, saved: dict[str, Any], wanted: dict[str, Any]) -> None:

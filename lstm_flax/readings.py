@@ -1,7 +1,12 @@
-"""Ways to read an image as a sequence; each takes images [batch, height, width] of any dtype."""
+"""Ways to read an image as a sequence; each takes images [batch, height, width] of any dtype.
+
+Images of another rank are a ValueError.
+"""
 
 import jax
 import numpy as np
+
+from lstm_flax.arguments import check_array
 
 PERMUTATION_SEED = 92916
 """Of the fixed random order in which the pixels are read, for `RandomState`: the one in the public
@@ -10,12 +15,14 @@ code of many papers on permuted MNIST, those on unitary and orthogonal RNNs amon
 
 def rows(images: jax.Array) -> jax.Array:
     """Row by row: [batch, height, width], a row a time step."""
+    check_array("images", images, ("batch", "height", "width"))
     return images
 
 
 def pixels(images: jax.Array) -> jax.Array:
     """Pixel by pixel, as one reads text: [batch, height * width, 1]."""
-    return images.reshape(len(images), -1, 1)
+    batch, height, width = rows(images).shape
+    return images.reshape(batch, height * width, 1)
 
 
 def permuted_pixels(images: jax.Array) -> jax.Array:

@@ -6,9 +6,15 @@ last batch of a pass was filled up. Every example counts, each exactly once a pa
 
 Everything random is a function of `(seed, epoch)` or `(seed, step)`, so a `TrainState`, which
 knows its step, is all that a resumed run needs.
+
+An argument that does not fit is a ValueError of one line, raised while the function is traced. A
+label outside the classes is one only where labels are known, outside `jax.jit`; in a compiled step
+it makes the loss NaN, since telling of it would have every step wait for the device.
 """
 
-from collections.abc import Callable
+import math
+import operator
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,11 +22,13 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lstm_flax.arguments import check, check_array, check_integer
 from lstm_flax.readings import rows
 
 Batch = dict[str, jax.Array]
@@ -37,7 +45,13 @@ class Keys(NamedTuple):
 
     @classmethod
     def from_seed(cls, seed: int) -> "Keys":
-        """Derive the keys of the run with this seed."""
+        """Derive the keys of the run with this seed, an integer of 32 bits.
+
+        Of a larger or a negative one JAX would take more bits with `jax_enable_x64` than without.
+        """
+        check(
+            "seed", seed, "an integer from 0 to 2**32 - 1", lambda s: operator.index(s) >> 32 == 0
+        )
         return cls(*jax.random.split(jax.random.key(seed), 3))
 
 
@@ -52,15 +66,31 @@ class Metrics:
     @classmethod
     def zero(cls) -> "Metrics":
         """The metrics of no examples."""
-        return cls(jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+        return cls(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
     @classmethod
     def of(cls, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> "Metrics":
-        """Metrics of one batch: logits [batch, classes], labels [batch], mask bool [batch]."""
+        """Metrics of one batch: logits [batch, classes], labels [batch], mask bool [batch].
+
+        The loss is NaN where a label that counts is outside the classes.
+
+        Raises:
+            ValueError: a shape or dtype is another, or labels that are known are outside the
+                classes.
+        """
+        check_array("the model's result", logits, ("batch", "classes"), np.floating)
+        check_array("label", labels, logits.shape[:1], np.integer)
+        check_array("mask", mask, logits.shape[:1], np.bool_)
+        labels, classes = labels.astype(jnp.int32), logits.shape[1]
+        is_outside = (labels < 0) | (labels >= classes)
+        if not isinstance(wrong := mask & is_outside, jax.core.Tracer) and wrong.any():
+            found = sorted(set(labels[wrong].tolist()))
+            raise ValueError(f"label is within 0..{classes - 1}, but some are {found}")
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        losses = jnp.where(is_outside, jnp.nan, losses)
         hits = (jnp.argmax(logits, -1) == labels) & mask
         return cls(
-            jnp.sum(losses, where=mask),
+            jnp.sum(losses, where=mask, dtype=jnp.float32),
             jnp.sum(hits, dtype=jnp.int32),
             jnp.sum(mask, dtype=jnp.int32),
         )
@@ -76,7 +106,7 @@ class Metrics:
     @property
     def accuracy(self) -> jax.Array:
         """Fraction of the examples that were classified correctly."""
-        return self.correct / self.count
+        return self.correct.astype(jnp.float32) / self.count
 
 
 def data_mesh() -> Mesh:
@@ -130,7 +160,13 @@ def _constrain(tree: Any, spec: Callable[[jax.Array], P]) -> Any:
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
-    """Batches in one pass over the data, the last of them perhaps filled up."""
+    """Batches in one pass over the data, the last of them perhaps filled up.
+
+    Raises:
+        ValueError: one of them is no positive integer.
+    """
+    check_integer("num_examples", num_examples, 1)
+    check_integer("batch_size", batch_size, 1)
     return -(-num_examples // batch_size)
 
 
@@ -148,7 +184,14 @@ def onecycle_adamw(
         weight_decay: decoupled (Loshchilov and Hutter, "Decoupled Weight Decay Regularization",
             2019): each step takes `learning_rate * weight_decay` of every parameter off it.
         clip_norm: the largest global norm of the gradients; larger ones are scaled down to it.
+
+    Raises:
+        ValueError: one of them is out of its bounds.
     """
+    for name, value in (("peak_learning_rate", peak_learning_rate), ("weight_decay", weight_decay)):
+        check(name, value, "a finite number from 0 on", lambda v: 0 <= v < math.inf)
+    check_integer("total_steps", total_steps, 1)
+    check("clip_norm", clip_norm, "a number greater than 0", lambda v: v > 0)
     schedule = optax.cosine_onecycle_schedule(total_steps, peak_learning_rate)
     return optax.chain(
         optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, weight_decay=weight_decay)
@@ -165,7 +208,14 @@ def create_train_state(
         tx: the optimiser.
         sample: any input of the right shape and dtype; only those matter.
         key: PRNG key of the initialisers.
+
+    Raises:
+        ValueError: the model is no module, `tx` no optimiser, or the sample not floating [batch,
+            time, features].
     """
+    check("model", model, "a flax.linen module", lambda m: isinstance(m, nn.Module))
+    check("tx", tx, "an optax optimiser", lambda t: callable(t.init) and callable(t.update))
+    check_array("sample", sample, ("batch", "time", "features"), np.floating)
     place = (lambda tree: tree) if jax.sharding.get_abstract_mesh().empty else replicate
     params = place(_initial_params(model, key, jnp.zeros(sample.shape, sample.dtype)))
     state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
@@ -180,7 +230,12 @@ def _initial_params(model: nn.Module, key: jax.Array, sample: jax.Array) -> Any:
 
 
 def to_floats(images: jax.Array) -> jax.Array:
-    """uint8 images as float32 in [0, 1]."""
+    """uint8 images as float32 in [0, 1].
+
+    Raises:
+        ValueError: they are of another dtype.
+    """
+    check("the images' dtype", getattr(images, "dtype", None), "uint8", lambda d: d == np.uint8)
     return images.astype(jnp.float32) / 255
 
 
@@ -207,7 +262,14 @@ def train_step(
 
     Returns:
         The state after the step, and the metrics of the batch before it.
+
+    Raises:
+        ValueError: an array is missing, misshapen or of another dtype, or the label smoothing not
+            in [0, 1).
     """
+    _check_data("batch", batch, ("image", "label", "mask"))
+    smoothing = "at least 0 and less than 1"
+    check("label_smoothing", label_smoothing, smoothing, lambda s: 0 <= s < 1)
     dropout_key, augment_key = jax.random.split(jax.random.fold_in(noise_key, state.step))
     images = to_floats(batch["image"])
     if augment is not None:
@@ -237,7 +299,11 @@ def eval_step(state: TrainState, batch: Batch, read: Reading = rows) -> Metrics:
         state: whose parameters are evaluated.
         batch: images, labels and mask, as the module describes them.
         read: as in `train_step`.
+
+    Raises:
+        ValueError: an array is missing, misshapen or of another dtype.
     """
+    _check_data("batch", batch, ("image", "label", "mask"))
     logits = state.apply_fn({"params": state.params}, read(to_floats(batch["image"])))
     return Metrics.of(logits, batch["label"], batch["mask"])
 
@@ -246,6 +312,20 @@ def eval_step(state: TrainState, batch: Batch, read: Reading = rows) -> Metrics:
 def is_finite(tree: Any) -> jax.Array:
     """Whether no number in a tree is NaN or infinite, as a bool array []."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def _check_data(name: str, data: Batch, arrays: tuple[str, ...]) -> None:
+    """Check that these arrays are there, and are as the module describes them."""
+    check(name, data, f"a dict of {', '.join(arrays)}", lambda d: isinstance(d, Mapping))
+    if missing := [array for array in arrays if array not in data]:
+        raise ValueError(f"{name} lacks {', '.join(missing)}; it has {', '.join(map(str, data))}")
+    image = data["image"]
+    check_array(f"{name}: image", image, ("examples", "height", "width"), np.uint8)
+    if not len(image):
+        raise ValueError(f"{name} has no examples")
+    for array, dtype in (("label", np.integer), ("mask", np.bool_)):
+        if array in arrays:
+            check_array(f"{name}: {array}", data[array], (len(image),), dtype)
 
 
 def _take_batch(data: Batch, order: jax.Array, index: jax.Array, batch_size: int) -> Batch:
@@ -290,10 +370,18 @@ def train_steps(
 
     Returns:
         The state after these steps, and the metrics of the epoch so far.
+
+    Raises:
+        ValueError: as by `train_step`, or the batch size is no positive integer.
     """
+    _check_data("data", data, ("image", "label"))
+    for name, value, kind in (("metrics", metrics, Metrics), ("keys", keys, Keys)):
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} is {type(value).__name__}, not {kind.__name__}")
+    check_array("max_steps", jnp.asarray(max_steps), (), np.integer)
     num_examples = data["label"].shape[0]
     per_epoch = steps_per_epoch(num_examples, batch_size)
-    epoch, first = state.step // per_epoch, state.step % per_epoch
+    epoch, first = jnp.divmod(jnp.asarray(state.step, jnp.int32), per_epoch)
     order = jax.random.permutation(jax.random.fold_in(keys.order, epoch), num_examples)
 
     def body(index, carry):
@@ -302,8 +390,8 @@ def train_steps(
         state, batch_metrics = train_step(state, batch, keys.noise, augment, read, label_smoothing)
         return state, metrics + batch_metrics
 
-    last = jnp.minimum(first + max_steps, per_epoch)
-    return jax.lax.fori_loop(first, last, body, (state, metrics))
+    steps = jnp.minimum(max_steps, per_epoch - first).astype(jnp.int32)
+    return jax.lax.fori_loop(first, first + steps, body, (state, metrics))
 
 
 @partial(jax.jit, static_argnames=("batch_size", "read"))
@@ -315,7 +403,11 @@ def evaluate(state: TrainState, data: Batch, *, batch_size: int, read: Reading =
         data: the images and labels, in any number.
         batch_size: images at a time.
         read: as in `train_step`.
+
+    Raises:
+        ValueError: as by `eval_step`, or the batch size is no positive integer.
     """
+    _check_data("data", data, ("image", "label"))
     num_examples = data["label"].shape[0]
     order = jnp.arange(num_examples)
 

@@ -28,6 +28,7 @@ def make_data(num_images, seed=0):
     return {"image": jnp.array(images, jnp.uint8), "label": jnp.array(labels, jnp.int32)}
 
 
+DATA_5 = make_data(5)
 ADAM = optax.adam(1e-2)
 
 
@@ -50,6 +51,34 @@ def run_epoch(state, data, chunks, **options):
     for chunk in chunks:
         state, metrics = train_steps(state, metrics, data, keys, chunk, **options)
     return state, metrics
+
+
+def train_a_little(num_steps):
+    """Leaves of all that a short training makes, of 5 images of 4 x 3 pixels."""
+    tx = training.onecycle_adamw(1e-2, 10, weight_decay=1e-2, clip_norm=1.0)
+    sample = jnp.zeros((1, 4, 3))  # float64 with x64
+    state = create_train_state(LSTMClassifier(4, 1), tx, sample, jax.random.key(0))
+    data = {name: array[..., :4, :3] if array.ndim > 1 else array for name, array in DATA_5.items()}
+    fresh = jax.tree.leaves(jax.tree.map(jnp.copy, (state, Metrics.zero())))
+    state, metrics = run_epoch(state, data, [num_steps], batch_size=3)
+    evaluated = evaluate(state, data, batch_size=3)
+    read = (evaluated.loss, evaluated.accuracy)
+    return fresh, jax.tree.leaves((state, metrics)), jax.tree.leaves((evaluated, read))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("context", [jax.enable_x64(True), jax.disable_jit()], ids=["x64", "eager"])
+def test_neither_x64_nor_the_lack_of_jit_changes_what_comes_out(context):
+    """So that a checkpoint that was made with it can be restored without, and the other way."""
+    expected = train_a_little(np.int32(2))
+    fresh, trained, _ = expected
+    assert [leaf.dtype for leaf in trained] == [leaf.dtype for leaf in fresh]
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(expected)} == {"float32", "int32"}
+    with context:
+        found = train_a_little(np.int64(2))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_overfits_32_images():

@@ -1,14 +1,17 @@
 """A picture of one digit, made into an image as MNIST's are."""
 
 import io
+import logging
 import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from scipy import ndimage
 
 from experiments.regular_file import MIB, read_regular_file
+
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it also raises what it logs as errors
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """What pictures may be: Pillow reads much more, some of it by starting other programs."""
@@ -115,7 +118,7 @@ def _decode(content: bytes) -> Image.Image:
         warnings.simplefilter("ignore")  # of odd metadata, which are not used
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = Image.open(io.BytesIO(content), formats=FORMATS)
-        if image.width * image.height > MOST_PIXELS:  # says the header; nothing is decoded yet
+        if _pixels(image) > MOST_PIXELS:
             raise Image.DecompressionBombError
         image.draft(None, (ENOUGH, ENOUGH))  # a large JPEG is decoded at a fraction of its size
         image.load()
@@ -123,9 +126,14 @@ def _decode(content: bytes) -> Image.Image:
             orientation = image.getexif().get(ExifTags.Base.Orientation)
         except Exception:  # damaged EXIF data say nothing about how it was held
             orientation = None
-    if orientation in UPRIGHT:
-        image = image.transpose(UPRIGHT[orientation])
-    return image
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def _pixels(image: Image.Image) -> int:
+    """How many pixels are decoded at once, as the headers say; nothing is decoded for it."""
+    tags = getattr(image, "tag_v2", {})  # of a TIFF, whose tiles may be larger than the picture
+    tile = tags.get(TiffImagePlugin.TILEWIDTH, 0) * tags.get(TiffImagePlugin.TILELENGTH, 0)
+    return max(image.width * image.height, tile)
 
 
 def _shades(image: Image.Image) -> np.ndarray:

@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def test_a_line_for_a_person_and_files_that_are_no_pictures(reader, digits, tmp_
 
 
 def pen(mode):
-    """A 7, dark on light, in a mode of Pillow's; more than 8 bits use a small part of their range."""
+    """A 7, dark on light, in a mode of Pillow's; 16 bits use a small part of their range."""
     paper = np.full((120, 90), 230, np.uint8)
     paper[20:30, 20:70] = 40
     paper[30:100, 55:70] = 40
@@ -176,30 +177,42 @@ def test_large_pictures_are_read_up_to_a_limit(tmp_path):
     assert bomb.stat().st_size < 100_000
     with pytest.raises(DigitImageError, match=r"bomb.png has more than 80 million pixels"):
         read_digit_image(bomb)
+    # 100 x 100 pixels of 8 bits, compressed, in one tile of 40,000 x 40,000.
+    sizes = [(256, 4, 1, 100), (257, 4, 1, 100), (322, 4, 1, 40_000), (323, 4, 1, 40_000)]
+    kinds = [(258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (324, 4, 1, 200), (325, 4, 1, 500)]
+    (tmp_path / "tile.tif").write_bytes(tiff([*sizes, *kinds], bytes(999)))
+    with pytest.raises(DigitImageError, match=r"tile.tif has more than 80 million pixels"):
+        read_digit_image(tmp_path / "tile.tif")
     os.truncate(phone, 2**33)  # a hole: it takes no room on the disk
     with pytest.raises(DigitImageError, match=r"can't be read \(it has more than 256 MiB\)"):
         read_digit_image(phone)
 
 
+def tiff(entries, data=b""):
+    """A TIFF's tags and their values, as in EXIF too: (tag, type, count, value or where it is)."""
+    packed = b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries))
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + packed + bytes(4) + data
+
+
 def test_odd_metadata_are_not_looked_at(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112], exif[0x011A], exif[0x9000] = 3, 0.5, b"0230"  # orientation, resolution, version
     pen("L").save(tmp_path / "plain.png")
     expected = read_digit_image(tmp_path / "plain.png").astype(int)
-    lying = pen("L").transpose(Image.Transpose.ROTATE_180)
-    whole = exif.tobytes()
-    half = whole.rindex((1).to_bytes(4, "big") + (2).to_bytes(4, "big"))
-    tag = whole.index(b"\x01\x1a\x00\x05")
-    for name, odd in {
-        "zero": whole[: half + 4] + bytes(4) + whole[half + 8 :],  # a denominator
-        "type": whole[: tag + 2] + b"\x00\x02" + whole[tag + 4 :],  # a text
-        "kind": whole[: tag + 2] + b"\x00\x63" + whole[tag + 4 :],  # a type that there is not
-        "far": whole[: tag + 8] + b"\xff" * 4 + whole[tag + 12 :],  # beyond the end
+    lying = pen("RGB").transpose(Image.Transpose.ROTATE_180)
+    end = 10 + 2 * 12 + 4
+    for name, (odd, value) in {
+        "zero": ((0x011A, 5, 1, end), struct.pack("<II", 1, 0)),  # a denominator
+        "text": ((0x011A, 2, 4, 0x41414141), b""),  # for a resolution
+        "float": ((0x9000, 11, 1, 0x3F800000), b""),  # for a version
+        "signed": ((0x0100, 8, 1, 0xFFFF), b""),  # a width of -1
+        "unknown": ((0x011A, 99, 1, 0), b""),  # type
+        "far": ((0x011A, 5, 1, 2**31), b""),  # beyond the end
     }.items():
-        lying.save(tmp_path / f"{name}.jpg", exif=odd, quality=95)
-        read = read_digit_image(tmp_path / f"{name}.jpg")
-        assert np.abs(read - expected).mean() < 3, name
-    lying.save(tmp_path / "none.jpg", exif=b"Exif\0\0no such thing", quality=95)
+        exif = b"Exif\0\0" + tiff([(0x0112, 3, 1, 3), odd], value)  # 3: it lies upside down
+        for ending in ("jpg", "png", "webp"):
+            lying.save(tmp_path / f"{name}.{ending}", exif=exif, quality=95)
+            read = read_digit_image(tmp_path / f"{name}.{ending}")
+            assert np.abs(read - expected).mean() < 3, (name, ending)
+    lying.save(tmp_path / "none.jpg", exif=b"Exif\0\0no such thing")
     assert read_digit_image(tmp_path / "none.jpg").any()
 
 

@@ -12,12 +12,13 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 
 from experiments.stopping import Stopped
+from experiments.usage import printable
 
 
 def warn(message: str) -> None:
     """Say what the run could deal with and a person should know."""
     if jax.process_index() == 0:
-        print(f"warning: {message}", file=sys.stderr)
+        print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def quiet_orbax() -> None:

@@ -1,10 +1,43 @@
 """A picture of one digit, made into an image as MNIST's are."""
 
+import io
+import logging
+import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from scipy import ndimage
+
+from experiments.regular_file import MIB, read_regular_file
+
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it also raises what it logs as errors
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""What pictures may be: Pillow reads much more, some of it by starting other programs."""
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+"""How the names of such files end."""
+
+MOST_BYTES = 256 * MIB
+"""Of a picture file; a scanner's TIFF without compression is that large."""
+
+MOST_PIXELS = 80_000_000
+"""Of a picture: phones have 50 million. Decoded, so many take 320 MB in colour."""
+
+ENOUGH = 1024
+"""Pixels of a larger picture's longer side after its pixels were averaged, at least."""
+
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By EXIF's orientation, how a picture comes to stand upright."""
 
 SIZE = 28
 """Height and width of an image, in pixels."""
@@ -24,15 +57,25 @@ def read_digit_image(path: Path) -> np.ndarray:
     """Read a picture file of one digit, whatever its size and colours, as MNIST's image of it.
 
     Args:
-        path: of a PNG, a JPEG, or what else Pillow reads; dark on light, or light on dark.
+        path: of a picture in one of `FORMATS`; dark on light, or light on dark.
 
     Returns:
         uint8 [28, 28], the strokes 255.
 
     Raises:
-        DigitImageError: it is no picture, can't be read, or shows nothing.
+        DigitImageError: it is no picture, is too large, can't be read, or shows nothing.
     """
-    image = as_mnist(_ink(_grey(path)))
+    try:
+        image = as_mnist(_ink(_shades(_decode(read_regular_file(path, MOST_BYTES)))))
+    except UnidentifiedImageError as error:
+        raise DigitImageError(f"{path} is no picture ({', '.join(FORMATS)} are read)") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DigitImageError(
+            f"{path} has more than {MOST_PIXELS / 1e6:.0f} million pixels"
+        ) from error
+    except Exception as error:  # decoders of damaged files raise all sorts, MemoryError too
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise DigitImageError(f"{path} can't be read ({reason})") from error
     if not image.any():
         raise DigitImageError(f"{path} shows nothing: it has one shade")
     return image
@@ -65,18 +108,55 @@ def as_mnist(ink: np.ndarray) -> np.ndarray:
     return np.round(255 * centred / max(centred.max(), 1e-6)).astype(np.uint8)
 
 
-def _grey(path: Path) -> np.ndarray:
-    """A picture file as shades, float32 [height, width], 0 being black and 1 white."""
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGBA")
-    except UnidentifiedImageError as error:
-        raise DigitImageError(f"{path} is no picture") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DigitImageError(f"{path} can't be read ({reason})") from error
-    paper = Image.new("RGBA", upright.size, "white")  # seen where the picture is transparent
-    return np.asarray(Image.alpha_composite(paper, upright).convert("L"), np.float32) / 255
+def _decode(content: bytes) -> Image.Image:
+    """A picture file's first picture, upright, and of no more pixels than can be of use.
+
+    Raises:
+        Image.DecompressionBombError, Image.DecompressionBombWarning: it has too many pixels.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd metadata, which are not used
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        if _pixels(image) > MOST_PIXELS:
+            raise Image.DecompressionBombError
+        image.draft(None, (ENOUGH, ENOUGH))  # a large JPEG is decoded at a fraction of its size
+        image.load()
+        try:
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+        except Exception:  # damaged EXIF data say nothing about how it was held
+            orientation = None
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def _pixels(image: Image.Image) -> int:
+    """How many pixels are decoded at once, as the headers say; nothing is decoded for it."""
+    tags = getattr(image, "tag_v2", {})  # of a TIFF, whose tiles may be larger than the picture
+    tile = tags.get(TiffImagePlugin.TILEWIDTH, 0) * tags.get(TiffImagePlugin.TILELENGTH, 0)
+    return max(image.width * image.height, tile)
+
+
+def _shades(image: Image.Image) -> np.ndarray:
+    """A picture as shades, float32 [height, width], 0 being black and 1 white.
+
+    Of a scanner's 16 bits the lowest value is black and the highest is white.
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(_smaller(image.convert("F")), np.float64)
+        is_number = np.isfinite(values)
+        ground = np.median(values[is_number]) if is_number.any() else 0.0
+        values = np.where(is_number, values, ground)
+        low, high = values.min(), values.max()
+        return ((values - low) / ((high - low) or 1)).astype(np.float32)
+    seen = _smaller(image.convert("RGBA"))
+    paper = Image.new("RGBA", seen.size, "white")  # seen where the picture is transparent
+    return np.asarray(Image.alpha_composite(paper, seen).convert("L"), np.float32) / 255
+
+
+def _smaller(image: Image.Image) -> Image.Image:
+    """Average squares of pixels, where a picture has more than can be of use."""
+    side = max(image.size) // ENOUGH
+    return image.reduce(side) if side > 1 else image
 
 
 def _ink(grey: np.ndarray) -> np.ndarray:

@@ -2,28 +2,32 @@
 
     python -m experiments.predict --workdir runs/mnist_lstm digit.png photos/ [--json]
 
-Takes PNG, JPEG and what else Pillow reads, one digit a picture, dark on light or light on dark, and
-folders of them. Prints a line a picture: the label, its probability and the runner-up. A file that
-is no picture is named and skipped, and the exit status is then 2.
+Takes PNG, JPEG, WebP, GIF, BMP and TIFF files, one digit a picture, dark on light or light on dark,
+and folders of them. Prints a line a picture: the label, its probability and the runner-up. A file
+that can't be read is named and skipped, and the exit status is then 2.
 """
 
 import dataclasses
 import json
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from PIL import Image
 
 from experiments.console import warn
-from experiments.digit_image import DigitImageError, read_digit_image
-from experiments.restored import classify, restore_run
+from experiments.digit_image import ENDINGS, DigitImageError, read_digit_image
+from experiments.restored import RestoredRun, classifier, restore_run
 from experiments.run_files import RunFilesError
-from experiments.usage import UsageError, fail
+from experiments.usage import UsageError, fail, printable
 from lstm_flax.checkpoints import CheckpointError
+
+PATIENCE = 0.2
+"""Seconds for which an answer may wait for more pictures, to be computed in one batch with them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Options:
     """The flags, with their defaults."""
 
     pictures: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE")]
-    """Picture files, and folders, of which all files that are named as pictures are read."""
+    """Picture files, and folders, of which all files are read that are named as pictures."""
     workdir: Path = Path("runs/mnist_lstm")
     """Where the trained run lives."""
     json: bool = False
@@ -49,44 +53,65 @@ def main(argv: Sequence[str] | None = None) -> int:
         trained = restore_run(options.workdir)
     except (RunFilesError, CheckpointError) as error:
         return fail(error)
-    images, skipped = read_images(options.pictures)
-    if images:
-        show = json_line if options.json else line
-        width = max(len(str(path)) for path in images)
-        predictions = classify(trained, np.stack(list(images.values())))
-        for path, probabilities in zip(images, predictions, strict=True):
-            print(show(path, width, probabilities))
-    return 2 if skipped else 0
+    return 2 if predict(trained, options) else 0
 
 
-def read_images(pictures: Sequence[Path]) -> tuple[dict[Path, np.ndarray], int]:
-    """Read pictures as MNIST images, by their paths; say which can't be, and count those."""
-    images, skipped = {}, 0
-    for path in pictures:
-        files = picture_files(path) if path.is_dir() else [path]
-        if not files:
+def predict(trained: RestoredRun, options: Options) -> int:
+    """Print each picture's answer as it comes; returns how many pictures are skipped."""
+    classify, show = classifier(trained), json_line if options.json else line
+    files, skipped = [], 0
+    for path in options.pictures:
+        found = picture_files(path)
+        if not found:
             warn(f"skipped {path}: there are no pictures in this folder")
             skipped += 1
-        for file in files:
-            try:
-                images[file] = read_digit_image(file)
-            except DigitImageError as error:
-                warn(f"skipped: {error}")
-                skipped += 1
-    return images, skipped
+        files += found
+    width = max((len(printable(file)) for file in files), default=0)
+    waiting: list[tuple[Path, np.ndarray]] = []  # read, and not answered yet
+    answered = 0.0  # when, in seconds
+
+    def answer() -> None:
+        if waiting:
+            predictions = classify(np.stack([image for _, image in waiting]))
+            for (file, _), probabilities in zip(waiting, predictions, strict=True):
+                print(show(file, width, probabilities), flush=True)
+            waiting.clear()
+
+    for file in files:
+        try:
+            waiting.append((file, read_digit_image(file)))
+        except DigitImageError as error:
+            answer()
+            warn(f"skipped: {error}")
+            skipped += 1
+        if len(waiting) == trained.config.batch_size or time.monotonic() > answered + PATIENCE:
+            answer()
+            answered = time.monotonic()
+    answer()
+    return skipped
 
 
-def picture_files(folder: Path) -> list[Path]:
-    """The files in a folder and those below it whose names end as a picture's, sorted."""
-    endings = Image.registered_extensions()
-    return [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in endings]
+def picture_files(path: Path) -> list[Path]:
+    """A file itself; of a folder the files in and below it that are named as pictures, sorted.
+
+    Hidden ones are left out.
+    """
+    if not os.path.isdir(path):  # False too where nobody may look
+        return [path]
+    return [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.suffix.lower() in ENDINGS
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        and file.is_file()
+    ]
 
 
 def line(path: Path, width: int, probabilities: np.ndarray) -> str:
     """A picture's result for a person; paths take so many characters."""
     label, runner_up = likeliest(probabilities)
     return (
-        f"{path!s:{width}}  {label}  {probabilities[label]:6.1%}"
+        f"{printable(path):{width}}  {label}  {probabilities[label]:6.1%}"
         f"   or {runner_up}, {probabilities[runner_up]:.1%}"
     )
 

@@ -1,6 +1,7 @@
 """A trained run, restored from its workdir to be looked at or used; nothing in it is changed."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,9 +58,14 @@ def restore_run(workdir: Path) -> RestoredRun:
 
 
 def classify(run: RestoredRun, images: np.ndarray) -> np.ndarray:
-    """Class probabilities, float32 [n, classes], of images uint8 [n, rows, pixels].
+    """Class probabilities, float32 [n, classes], of images uint8 [n, rows, pixels]."""
+    return classifier(run)(images)
 
-    The run reads them as it was trained to, in batches of its own size: in bfloat16 the order in
+
+def classifier(run: RestoredRun) -> Callable[[np.ndarray], np.ndarray]:
+    """`classify`, to be called again and again: it is compiled once.
+
+    The run reads images as it was trained to, in batches of its own size: in bfloat16 the order in
     which sums are rounded depends on it, so with another one a doubtful answer might not be the one
     that it was evaluated by.
     """
@@ -70,10 +76,13 @@ def classify(run: RestoredRun, images: np.ndarray) -> np.ndarray:
         logits = run.model.apply({"params": run.params}, read(training.to_floats(images)))
         return jax.nn.softmax(jnp.asarray(logits))
 
-    # The last batch is filled up, so that all of them are computed in one way.
-    filled = np.arange(-(-len(images) // batch_size) * batch_size) % len(images)
-    batches = filled.reshape(-1, batch_size)
-    return np.concatenate([classify_batch(images[batch]) for batch in batches])[: len(images)]
+    def classify(images: np.ndarray) -> np.ndarray:
+        # The last batch is filled up, so that all of them are computed in one way.
+        filled = np.arange(-(-len(images) // batch_size) * batch_size) % len(images)
+        batches = filled.reshape(-1, batch_size)
+        return np.concatenate([classify_batch(images[batch]) for batch in batches])[: len(images)]
+
+    return classify
 
 
 def restore_row_reader(workdir: Path) -> RestoredRun:

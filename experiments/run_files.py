@@ -91,14 +91,6 @@ def append_environment(workdir: Path, start: dict[str, Any]) -> None:
     _write_lines(path, [*read_lines(path), start])
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} where there is none, or it is damaged."""
-    with contextlib.suppress(OSError, ValueError):
-        values = json.loads(path.read_text(errors="replace"))
-        return values if isinstance(values, dict) else {}
-    return {}
-
-
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON objects in a file of one a line, but for lines that are damaged; [] without it."""
     objects = []

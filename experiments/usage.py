@@ -35,8 +35,19 @@ class UsageError(Exception):
 
 def fail(error: Exception) -> int:
     """Say in one line why an experiment ends; returns its exit status."""
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {printable(error)}", file=sys.stderr)
     return 2
+
+
+def printable(text: object) -> str:
+    """A text in one line that a terminal shows and does not obey.
+
+    The name of a file may hold line ends and escape sequences; those are printed as `\\n` and
+    `\\x1b`. So are bytes that are no text in the file system's encoding.
+    """
+    return "".join(
+        character if character.isprintable() else ascii(character)[1:-1] for character in str(text)
+    )
 
 
 def check(options: Any, name: str, holds: bool, must_be: str) -> None:

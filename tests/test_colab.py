@@ -5,6 +5,9 @@ import copy
 import dataclasses
 import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -16,7 +19,8 @@ from small_runs import SMALL, read_eval, read_lines
 from experiments.config import Config
 from experiments.read_digit.__main__ import Options
 
-NOTEBOOK = Path(__file__).parents[1] / "experiments" / "colab.ipynb"
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "experiments" / "colab.ipynb"
 FIRST_EPOCHS, ALL_EPOCHS = 2, 3
 FORM = {"repository": "", "dataset": "mnist5k", "recipe": "fast", "resume_to": ALL_EPOCHS}
 FLAGS = [*SMALL[2:], "--epochs", str(FIRST_EPOCHS)]  # without the dataset, which has a field
@@ -142,3 +146,29 @@ def test_every_flag_in_it_is_one_that_its_command_has(notebook):
         assert flags <= known
         found |= flags
     assert found >= {"workdir", "data-dir", "dataset", "recipe", "eval-only", "epochs", "index"}
+
+
+def test_the_address_follows_from_pyproject(tmp_path):
+    files = [".ci/address", "pyproject.toml", "README.md", "experiments/colab.ipynb"]
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+
+    def write(urls):
+        text = (ROOT / "pyproject.toml").read_text()
+        (tmp_path / "pyproject.toml").write_text(text.replace("[project.urls]", urls))
+        subprocess.run([sys.executable, tmp_path / ".ci" / "address"], check=True)
+        first = code_cells(nbformat.read(tmp_path / files[-1], as_version=4))[0].source
+        return first.splitlines()[0], (tmp_path / "README.md").read_text()
+
+    # The tree is as its own pyproject.toml says.
+    write("[project.urls]")
+    assert all((tmp_path / name).read_text() == (ROOT / name).read_text() for name in files)
+    address = "https://github.com/somebody/somewhere"
+    for spelled in (address, f"{address}.git"):
+        field, readme = write(f'[project.urls]\nRepository = "{spelled}"')
+        assert field.startswith(f'repository = "{spelled}"  # @param')
+        path = "github/somebody/somewhere/blob/main/experiments/colab.ipynb"
+        assert f'<a href="https://colab.research.google.com/{path}">' in readme
+    write("[project.urls]")
+    assert all((tmp_path / name).read_text() == (ROOT / name).read_text() for name in files)

@@ -1,5 +1,6 @@
 """The drawing page, served as a person starts it, in a real browser."""
 
+import http.client
 import math
 import os
 import re
@@ -14,12 +15,15 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 from small_runs import read_until
 
-from experiments.draw.__main__ import main
-from experiments.draw.drawing import PEN, SIDE, Drawing
+from experiments.draw.__main__ import main, own_addresses
+from experiments.draw.drawing import MOST_POINTS, PEN, SIDE, Drawing
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SECONDS = 60
 """For the page to answer on a busy machine, at most."""
+
+POLLING = "/_nicegui_ws/socket.io/?EIO=4&transport=polling"
+"""Where a page asks for news, without a websocket."""
 
 ONE = [(0.5, 0.15), (0.5, 0.85)]
 SEVEN = [(0.25, 0.2), (0.75, 0.2), (0.45, 0.85)]
@@ -41,7 +45,7 @@ def server(reader):
     )  # fmt: skip
     lines = read_until(process, "step ")
     (address,) = re.findall(r"http://\S+", lines[-1])
-    assert len(lines) == 1, lines
+    assert [line.split()[0] for line in lines] == ["restoring", "step"]
     yield address
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=SECONDS)
@@ -141,18 +145,43 @@ def test_two_pages_do_not_disturb_each_other(open_page):
     expect_answer(second, "0")
 
 
-def test_a_finger_draws(open_page):
-    page = open_page(has_touch=True, viewport={"width": 390, "height": 844})
+def test_a_finger_draws_on_a_phone_and_the_answer_is_in_sight(open_page):
+    width, height = 390, 844
+    page = open_page(has_touch=True, viewport={"width": width, "height": height})
     box = page.get_by_role("application").bounding_box()
-    assert 0 <= box["x"] <= 390 - box["width"], "the paper fits a phone"
+    assert box["width"] > 0.9 * width
+    assert box["width"] == pytest.approx(box["height"], abs=1)
     touch = page.context.new_cdp_session(page)
     for k in range(15):
         touch.send("Input.dispatchTouchEvent", {
             "type": "touchMove" if k else "touchStart",
-            "touchPoints": [{"x": box["x"] + box["width"] / 2, "y": box["y"] + 40 + 14 * k}],
+            "touchPoints": [{"x": box["x"] + box["width"] / 2, "y": box["y"] + 40 + 18 * k}],
         })  # fmt: skip
     touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
     expect_answer(page, "1")
+    for shown in (page.locator(".answer"), page.get_by_role("button", name="Clear")):
+        of = shown.bounding_box()
+        assert 0 <= of["y"] <= height - of["height"], "nobody need scroll"
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+
+
+def luminance(colour):
+    """Relative luminance (WCAG 2) of a CSS colour."""
+    shades = [int(shade) / 255 for shade in re.findall(r"\d+", colour)[:3]]
+    light = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shades]
+    return 0.2126 * light[0] + 0.7152 * light[1] + 0.0722 * light[2]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_buttons_can_be_read_and_colours_are_explained(open_page, scheme):
+    page = open_page(color_scheme=scheme)
+    for name in ("Clear", "Undo"):
+        style = "element => [getComputedStyle(element).color, getComputedStyle(element).background]"
+        text, ground = map(luminance, page.get_by_role("button", name=name).evaluate(style))
+        low, high = sorted((text, ground))
+        assert (high + 0.05) / (low + 0.05) >= 4.5
+    legends = [" ".join(text.split()) for text in page.locator(".legend").all_inner_texts()]
+    assert legends == ["0% 100%", "gate shut, cell state -2 gate open, cell state 2"]
 
 
 def test_the_keyboard_draws_and_everything_has_a_name(open_page):
@@ -195,6 +224,62 @@ def test_nothing_leaves_the_machine(server, browser):
         rows = [line.split() for line in tcp][1:]
     local = [row[1].split(":") for row in rows if row[3] == "0A"]
     assert [address for address, port in local if int(port, 16) == host.port] == ["0100007F"]
+
+
+@pytest.mark.parametrize(
+    ("path", "host", "origin", "status"),
+    [
+        ("/", "{own}", None, 200),
+        ("/", "localhost:1", None, 200),
+        ("/", "elsewhere.example", None, 400),
+        (POLLING, "{own}", None, 200),
+        (POLLING, "{own}", "http://{own}", 200),
+        (POLLING, "{own}", "http://elsewhere.example", 400),
+        (POLLING, "{own}", "null", 400),
+        (POLLING, "elsewhere.example", "http://elsewhere.example", 400),
+    ],
+)
+def test_no_other_site_is_answered(server, path, host, origin, status):
+    own = urlsplit(server).netloc
+    connection = http.client.HTTPConnection(own, timeout=SECONDS)
+    headers = {"Host": host.format(own=own)} | (
+        {"Origin": origin.format(own=own)} if origin else {}
+    )
+    connection.request("GET", path, headers=headers)
+    response = connection.getresponse()
+    connection.close()
+    assert response.status == status
+    assert response.getheader("Access-Control-Allow-Origin") in (None, f"http://{own}")
+
+
+@pytest.mark.parametrize(
+    "wrong", ["x", None, [1], True, math.nan, math.inf, 10**400, -SIDE - 1, "9" * 9]
+)
+def test_what_is_no_point_is_not_drawn(wrong):
+    from experiments.draw.page import is_near
+
+    assert not is_near(wrong)
+    assert is_near(0)
+    assert is_near(SIDE + 0.5)
+
+
+def test_paper_is_full_at_some_time():
+    drawing = Drawing()
+    for _ in range(2 * MOST_POINTS):
+        drawing.draw_to((1, 1))
+        drawing.lift()
+    assert sum(map(len, drawing.strokes)) == MOST_POINTS
+    copied = drawing.copy()
+    drawing.clear()
+    assert (len(copied.strokes), drawing.strokes) == (MOST_POINTS, [])
+
+
+def test_the_address_for_all_machines_is_one_that_they_can_open():
+    assert own_addresses("127.0.0.1") == ["127.0.0.1"]
+    for address in own_addresses("0.0.0.0"):
+        with socket.socket() as own:
+            own.bind((address, 0))  # an address that is another machine's is refused
+        assert address != "0.0.0.0"
 
 
 def test_strokes_are_ink():

@@ -1,7 +1,6 @@
 """Equal to PyTorch, outputs, states and gradients: by golden files, and live where torch is."""
 
 import importlib.util
-import re
 import warnings
 from pathlib import Path
 
@@ -145,19 +144,3 @@ def test_the_reference_classifier_gives_the_same_logits():
     # And back: the weights that we give PyTorch make it compute the same.
     reference.load_state_dict({k: torch.tensor(v) for k, v in to_torch(params).items()})
     np.testing.assert_allclose(logits, reference(x).detach().numpy(), atol=1e-6)
-
-
-@pytest.mark.slow
-@needs_torch
-def test_the_readmes_examples_run_and_equal_torch(tmp_path, monkeypatch):
-    """All its Python blocks, top to bottom, in one namespace."""
-    monkeypatch.chdir(tmp_path)
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    names = {}
-    with jax.numpy_dtype_promotion("standard"):
-        for block in re.findall(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE):
-            exec(block, names)
-    expected, _ = names["torch_lstm"](names["torch"].ones(names["x"].shape))
-    np.testing.assert_allclose(names["outputs"], expected.detach().numpy(), atol=1e-6)
-    assert names["forget"].shape == (32, 28, 64)
-    assert names["state"].step == 12

@@ -1,6 +1,7 @@
 """The report of real runs, read as a browser would: what is on the page, and what is not."""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -72,7 +73,9 @@ def test_the_page_says_what_the_runs_came_to(runs, data_dir, capsys):
     assert report(*runs, "--data-dir", data_dir) == 0
     output, error = capsys.readouterr()
     path = runs[0] / "report.html"
-    assert (output, error) == (f"report   {path}\n", "")
+    said = [line.split()[0] for line in output.splitlines()]
+    assert (said, error) == (["data", "reading", "reading", "report"], "")
+    assert output.endswith(f"report   {path}\n")
     page = Page(path)
 
     summary = page.table("Test accuracy with its 95% interval")
@@ -116,6 +119,8 @@ def test_the_page_says_what_the_runs_came_to(runs, data_dir, capsys):
     assert_holds_all_that_it_shows(page)
     assert STRANGE in page.text
     assert "<b>" not in page.html
+    assert "1 layer of 24 units" in page.text
+    assert "not checked" not in page.text
 
 
 def assert_holds_all_that_it_shows(page):
@@ -174,8 +179,10 @@ def test_runs_are_reported_as_far_as_they_go(runs, data_dir, tmp_path, capsys):
     assert summary["1 young"][:4] == ["mnist5k", "–", "–", "–"]
     # Of a damaged evaluation the last epoch's accuracy is left, of a whole one all.
     evaluation = read_eval(other)
-    assert summary["2 broken"][1:3] == [f"{evaluation['test_accuracy']:.2%}", "–"]
+    unchecked = ", as recorded, not checked"
+    assert summary["2 broken"][1:3] == [f"{evaluation['test_accuracy']:.2%}{unchecked}", "–"]
     assert summary["3 other"][1].startswith(f"{evaluation['test_accuracy']:.2%} (")
+    assert summary["3 other"][1].endswith(f"){unchecked}")
     assert any("Test error by epoch: run 2" in picture["alt"] for picture in page.pictures)
 
 
@@ -189,6 +196,77 @@ def test_runs_are_reported_as_far_as_they_go(runs, data_dir, tmp_path, capsys):
 def test_what_can_not_be_reported_gets_one_line(flags, says, capsys):
     assert report(*flags) == 2
     assert_one_line(capsys, says)
+
+
+@pytest.fixture(scope="module")
+def stranger(runs, tmp_path_factory):
+    """A copy of a run without its checkpoints, to be filled with what no run writes."""
+    workdir = tmp_path_factory.mktemp("stranger") / "run"
+    shutil.copytree(runs[0], workdir, ignore=shutil.ignore_patterns("checkpoints"))
+    return workdir
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epoch", "10000000000"),
+        ("epoch", "-5"),
+        ("epoch", "1.5"),
+        ("epoch", "true"),
+        ("epoch", "9" * 400),
+        ("test_accuracy", "5.0"),
+        ("test_accuracy", '"0.9"'),
+        ("seconds", "NaN"),
+        ("seconds", "9" * 400),
+        ("train_loss", "-Infinity"),
+        ("images_per_second", "1e999"),
+    ],
+)
+def test_numbers_that_no_run_has_are_refused(stranger, data_dir, capsys, name, value):
+    line = read_lines(stranger)[0] | {name: "HERE"}
+    metrics = (stranger / "metrics.jsonl").read_text()
+    (stranger / "metrics.jsonl").write_text(json.dumps(line).replace('"HERE"', value))
+    assert report(stranger, "--data-dir", data_dir) == 2
+    assert_one_line(capsys, f"metrics.jsonl, line 1: {name} can't be true")
+    (stranger / "metrics.jsonl").write_text(metrics)
+
+
+def nest(path):
+    path.write_text('{"epoch": ' + "[" * 200_000 + "]" * 200_000 + "}")
+
+
+def repeat(path):
+    path.write_text(2 * path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "says"),
+    [
+        ("metrics.jsonl", nest, "nested too deeply"),
+        ("metrics.jsonl", repeat, "line 3: its epoch comes again"),
+        ("metrics.jsonl", os.mkfifo, "not a regular file"),
+        ("metrics.jsonl", lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+        ("metrics.jsonl", lambda path: (path.touch(), os.truncate(path, 2**33)), "than 8 MiB"),
+        ("eval.json", nest, "nested too deeply"),
+        ("eval.json", os.mkfifo, "not a regular file"),
+        ("eval.json", lambda path: path.write_text('{"step": 1, "correct": 9, "total": 4}'),
+         "more images are correct"),
+        ("eval.json", lambda path: path.write_text('{"step": 1, "correct": 1, "total": 0}'),
+         "total can't be true"),
+        ("environment.jsonl", os.mkfifo, "not a regular file"),
+        ("environment.jsonl", lambda path: path.write_text("{}\n" * 2000), "more starts"),
+    ],
+)  # fmt: skip
+def test_files_that_no_run_writes_are_refused(stranger, data_dir, capsys, name, make, says):
+    path = stranger / name
+    content = path.read_bytes()
+    if make is not repeat:
+        path.unlink()
+    make(path)
+    assert report(stranger, "--data-dir", data_dir) == 2
+    assert_one_line(capsys, says)
+    path.unlink()
+    path.write_bytes(content)
 
 
 def test_what_can_not_be_read_or_written_gets_one_line(runs, tmp_path, capsys):

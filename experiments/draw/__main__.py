@@ -3,11 +3,13 @@
     python -m experiments.draw --workdir runs/mnist_lstm [--port 8080]
 
 Opens a page on this machine: what the model sees, the probabilities after each of the 28 rows, and
-the gates and the cell state of every unit. Nothing that is drawn leaves the machine.
+the gates and the cell state of every unit. Nothing that is drawn leaves the machine. To draw on a
+phone, serve all machines of a network that you trust: --host 0.0.0.0
 """
 
 import contextlib
 import dataclasses
+import logging
 import socket
 import sys
 from collections.abc import Sequence
@@ -17,8 +19,14 @@ import tyro
 
 from experiments.restored import RestoredRun, restore_row_reader
 from experiments.run_files import RunFilesError
-from experiments.usage import UsageError, check_packages, fail
+from experiments.usage import UsageError, check_packages, fail, printable
 from lstm_flax.checkpoints import CheckpointError
+
+ANY_HOST = ("0.0.0.0", "")
+"""What a server listens on to be reached from all machines; no browser can go there."""
+
+LOOPBACK = ("127.0.0.1", "localhost")
+"""This machine, to itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve the page from a command line, until Ctrl-C; returns the exit status."""
     options = tyro.cli(Options, prog="python -m experiments.draw", description=__doc__, args=argv)
     try:
-        check_packages("draw", "nicegui", "matplotlib")
+        check_packages("draw", "nicegui", "ifaddr", "matplotlib")
         port = find_port(options)
+        print(f"restoring {printable(options.workdir)}, and compiling it for the page", flush=True)
         trained = restore_row_reader(options.workdir)
     except (UsageError, RunFilesError, CheckpointError) as error:
         return fail(error)
@@ -67,17 +76,36 @@ def find_port(options: Options) -> int:
         ) from error
 
 
+def own_addresses(host: str) -> list[str]:
+    """Where a browser finds this machine when it serves a host."""
+    import ifaddr  # NiceGUI, an extra, needs it too
+
+    if host not in ANY_HOST:
+        return [host]
+    adapters = ifaddr.get_adapters()
+    found = [str(ip.ip) for adapter in adapters for ip in adapter.ips if ip.is_IPv4]
+    return [address for address in found if address not in LOOPBACK] or [LOOPBACK[0]]
+
+
 def serve(trained: RestoredRun, host: str, port: int, open_browser: bool) -> None:
     """Serve the page until a signal ends it."""
-    from nicegui import app, ui  # an extra
+    from nicegui import app, core, ui  # an extra
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+    from experiments.draw.drawing import Drawing
     from experiments.draw.page import Page, watch
 
-    watch(trained, None)  # compiled now, so that the first stroke need not wait for it
-    address = f"http://{host}:{port}"
+    watch(trained, Drawing())  # compiled now, so that the first stroke need not wait for it
+    addresses = own_addresses(host)
+    # Another site can give this machine a name of its own, and then ask for it as for itself.
+    names = [*addresses, *LOOPBACK, socket.gethostname(), f"{socket.gethostname()}.local"]
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)
+    core.sio.eio.cors_allowed_origins = None  # its own origin alone, and not all as NiceGUI has it
+    core.sio.eio.logger.setLevel(logging.CRITICAL)  # what is refused need not be told
     app.on_startup(
         lambda: print(
-            f"step {trained.step} of {trained.config.workdir} reads what you draw at {address}  "
+            f"step {trained.step} of {printable(trained.config.workdir)} reads what you draw at "
+            f"{' or '.join(f'http://{address}:{port}' for address in addresses)}  "
             f"(Ctrl-C ends this)",
             flush=True,
         )

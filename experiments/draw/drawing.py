@@ -11,6 +11,9 @@ SIDE = 280
 PEN = 24
 """Width of a stroke, in the same units: of a digit that fills the paper, as wide as MNIST's are."""
 
+MOST_POINTS = 5_000
+"""Of a drawing; a person's has some hundred, and there is no room for more on the paper."""
+
 Point = tuple[float, float]
 """x from the left, y from the top."""
 
@@ -23,7 +26,9 @@ class Drawing:
     is_down: bool = False
 
     def draw_to(self, point: Point) -> None:
-        """Go on to a point; put the pen down there, if it is not down."""
+        """Go on to a point; put the pen down there, if it is not down. Full paper takes no more."""
+        if sum(map(len, self.strokes)) >= MOST_POINTS:
+            return
         if not self.is_down:
             self.strokes.append([])
             self.is_down = True
@@ -42,6 +47,10 @@ class Drawing:
         """Take back all strokes."""
         self.lift()
         self.strokes.clear()
+
+    def copy(self) -> "Drawing":
+        """The strokes as they are now, which another thread may look at."""
+        return Drawing([list(stroke) for stroke in self.strokes])
 
     def svg(self) -> str:
         """The strokes as elements of an SVG of `SIDE` x `SIDE`."""

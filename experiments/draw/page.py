@@ -10,7 +10,7 @@ from nicegui import events, run, ui
 from PIL import Image
 
 from experiments import plots
-from experiments.digit_image import SIZE, as_mnist
+from experiments.digit_image import as_mnist
 from experiments.draw.drawing import SIDE, Drawing
 from experiments.read_digit.figures import CELL_LIMIT, SHOWN
 from experiments.read_digit.reading import answers, gates_by_row, probabilities_by_row, unit_order
@@ -41,7 +41,7 @@ h2 {{ font-size: 1.1rem; line-height: 1.2; margin: 0; }}
 p {{ margin: 0; max-width: 40rem; }}
 .panels {{ display: flex; flex-wrap: wrap; gap: 1.5rem; }}
 .panel {{ display: flex; flex-direction: column; gap: .4rem; width: {SIDE}px; }}
-.square {{ width: {SIDE}px; height: {SIDE}px; }}
+.square {{ width: 100%; aspect-ratio: 1 !important; }}
 .square, .gate {{ background: white; outline: 2px solid #767676; }}
 .paper {{ touch-action: none; cursor: crosshair; }}
 .paper:focus-visible {{ outline: 3px solid #0072b2; }}
@@ -51,6 +51,10 @@ p {{ margin: 0; max-width: 40rem; }}
 .layer {{ width: 100%; }}
 .classes {{ display: grid; grid-template-columns: repeat(10, 1fr); text-align: center; }}
 .answer {{ font-size: 2rem; line-height: 1.2; min-height: 2.4rem; }}
+.runner-up {{ min-height: 1.5rem; }}
+.legend {{ display: flex; gap: .5rem; align-items: center; width: min(100%, 40rem); }}
+.legend img {{ flex: 1; min-width: 4rem; height: .8rem; }}
+@media (max-width: 40rem) {{ .panels, .panel {{ width: 100%; }} }}
 """
 
 
@@ -62,9 +66,9 @@ class Watched(NamedTuple):
     layers: list[dict[str, np.ndarray]]  # of each layer, the gates by name, [28, hidden_size]
 
 
-def watch(trained: RestoredRun, ink: np.ndarray | None) -> Watched:
-    """Let a model read ink [height, width]; None is blank paper."""
-    image = as_mnist(np.zeros((SIZE, SIZE)) if ink is None else ink)
+def watch(trained: RestoredRun, drawing: Drawing) -> Watched:
+    """Let a model read a drawing."""
+    image = as_mnist(drawing.ink())
     return Watched(
         image,
         probabilities_by_row(trained.model, trained.params, image),
@@ -84,54 +88,56 @@ class Page:
     def build(self) -> None:
         """Lay the page out."""
         ui.add_css(STYLE)
+        ui.colors(primary=plots.COLOURS[0])  # white on it is easy to read
         ui.html("<h1>Draw a digit</h1>", sanitize=False)
-        ui.label(
-            "A trained LSTM reads it row by row, from the top, while you draw. It sees the drawing "
-            "as MNIST's digits were prepared: scaled to 20 x 20 pixels, its centre of mass in the "
-            "middle of 28 x 28. Beside each row is how likely each class was once it had read that "
-            "row. Nothing that you draw leaves this machine."
-        )
+        ui.label("A trained LSTM reads it row by row, from the top, while you draw.")
         with ui.element("main").classes("panels"):
             self._build_paper()
-            self._build_answer()
+            self._build_seen()
             self._build_belief()
+        ui.label(
+            "The model sees the drawing as MNIST's digits were prepared: scaled to 20 x 20 pixels, "
+            "its centre of mass in the middle of 28 x 28. Beside each row is how likely each class "
+            "was once it had read that row. The drawing goes to the machine that serves this page, "
+            "and no further."
+        )
         ui.html("<h2>What its units do, row by row</h2>", sanitize=False)
         ui.label(
             "Time goes from left to right, a row of the image at a step; every line is a unit, in "
-            "the order in which their cell states are largest. Blue: shut, or negative; yellow: "
-            "open, or positive."
+            "the order in which their cell states are largest."
         )
+        legend(f"gate shut, cell state -{CELL_LIMIT}", f"gate open, cell state {CELL_LIMIT}")
         self.gates = [self._build_gates(k) for k in range(self.trained.model.core.num_layers)]
         ui.timer(READ_EVERY, self.read)
 
     def _build_paper(self) -> None:
         with ui.element("section").classes("panel").props('aria-label="Your drawing"'):
             ui.html("<h2>Your drawing</h2>", sanitize=False)
+            with ui.element("div").props("role=status aria-live=polite"):
+                self.answer = ui.label(NOTHING).classes("answer")
+                self.runner_up = ui.label().classes("runner-up")
             self.paper = (
                 ui.interactive_image(
                     size=(SIDE, SIDE),
-                    on_mouse=self.on_pointer,
                     events=["pointerdown", "pointermove", "pointerup", "pointerleave"],
                     sanitize=False,  # it is all ours: numbers in polylines
                 )
                 .classes("square paper")
                 .props('tabindex=0 role=application aria-label="Paper"')
                 .props('aria-describedby="how-to-draw"')
+                .on("mouse", self.on_pointer)
                 .on("keydown", self.on_key, js_handler=SEND_ARROWS)
             )
             with ui.element("div").props("id=how-to-draw"):
                 ui.label("Mouse, finger or pen. With the keyboard, arrows move, Shift draws.")
             with ui.row():
                 ui.button("Clear", on_click=self.on_clear)
-                ui.button("Undo", on_click=self.on_undo).props("outline")
+                ui.button("Undo", on_click=self.on_undo)
 
-    def _build_answer(self) -> None:
+    def _build_seen(self) -> None:
         with ui.element("section").classes("panel").props('aria-label="What the model sees"'):
             ui.html("<h2>What the model sees</h2>", sanitize=False)
             self.seen = picture("square", "the drawing, as the model sees it")
-            with ui.element("div").props("role=status aria-live=polite"):
-                self.answer = ui.label(NOTHING).classes("answer")
-                self.runner_up = ui.label()
 
     def _build_belief(self) -> None:
         with ui.element("section").classes("panel").props('aria-label="Belief after each row"'):
@@ -140,6 +146,7 @@ class Page:
             with ui.element("div").classes("classes").props("aria-hidden=true"):
                 for label in range(10):
                     ui.label(str(label))
+            legend("0%", "100%")
             self.stretches = ui.label()
 
     def _build_gates(self, layer: int) -> dict[str, ui.interactive_image]:
@@ -154,24 +161,34 @@ class Page:
                         pictures[quantity] = picture("gate", f"{text} of {name}, by row and unit")
         return pictures
 
-    def on_pointer(self, event: events.MouseEventArguments) -> None:
+    def on_pointer(self, event: events.GenericEventArguments) -> None:
         """Draw while the pen, a finger or the mouse's first button is down."""
-        is_down = event.buttons & 1 and event.type in ("pointerdown", "pointermove")
-        if is_down:
-            self.draw_to(event.image_x, event.image_y)
-        else:
-            self.drawing.lift()
+        match event.args:
+            case {
+                "mouse_event_type": "pointerdown" | "pointermove",
+                "buttons": int(buttons),
+                "image_x": x,
+                "image_y": y,
+            } if buttons & 1 and is_near(x) and is_near(y):
+                self.draw_to(x, y)
+            case _:
+                self.drawing.lift()
 
     def on_key(self, event: events.GenericEventArguments) -> None:
         """Move the pen, and draw with Shift."""
-        right, down = ARROWS[event.args["key"]]
-        if not event.args["shift"]:
+        match event.args:
+            case {"key": str(key), "shift": bool(shift)} if key in ARROWS:
+                self.move_pen(ARROWS[key], shift)
+
+    def move_pen(self, direction: tuple[int, int], is_down: bool) -> None:
+        """Move the pen a step, on the paper or above it."""
+        if not is_down:
             self.drawing.lift()
         elif not self.drawing.is_down:
             self.drawing.draw_to(self.pen)
-        x, y = self.pen[0] + KEY_STEP * right, self.pen[1] + KEY_STEP * down
+        x, y = (of + KEY_STEP * step for of, step in zip(self.pen, direction, strict=True))
         self.pen = (min(max(x, 0.0), SIDE), min(max(y, 0.0), SIDE))
-        if event.args["shift"]:
+        if is_down:
             self.draw_to(*self.pen)
         self.show_drawing(with_pen=True)
 
@@ -209,7 +226,7 @@ class Page:
             self.show_nothing()
             return
         # In a thread, so that the page takes more strokes meanwhile.
-        watched = await run.io_bound(watch, self.trained, self.drawing.ink())
+        watched = await run.io_bound(watch, self.trained, self.drawing.copy())
         if watched is not None:  # it is None where the server is about to end
             self.show(watched)
 
@@ -246,6 +263,21 @@ class Page:
         """Say in words which answer was the likeliest after which rows."""
         self.stretches.set_text(text)
         self.belief.props(f'aria-label="{text or NOTHING}"')
+
+
+def is_near(coordinate: object) -> bool:
+    """Whether a coordinate is on the paper or not far from it; a browser may send anything."""
+    is_number = isinstance(coordinate, int | float) and not isinstance(coordinate, bool)
+    return is_number and -SIDE <= coordinate <= 2 * SIDE  # type: ignore[operator]
+
+
+def legend(low: str, high: str) -> None:
+    """What the colours of a heat map stand for."""
+    with ui.element("div").classes("legend"):
+        ui.label(low)
+        colours = heat_map(np.linspace(0, 1, 256)[None], 0, 1)
+        ui.element("img").props(f'src="{colours}" alt="to"')
+        ui.label(high)
 
 
 def picture(shape: str, description: str) -> ui.interactive_image:

@@ -32,6 +32,7 @@ from experiments.usage import (
     check_packages,
     fail,
     make_folder,
+    printable,
 )
 from lstm_flax import data
 from lstm_flax.checkpoints import CheckpointError
@@ -89,7 +90,7 @@ def run(options: Options) -> None:
     drawn = show_reading(trained, test, options.index, folder)
     if options.mistakes:
         drawn += show_mistakes(trained, test, options.mistakes, folder)
-    print(f"\nfigures in {folder}: {', '.join(drawn)}; each with its data as .csv")
+    print(f"\nfigures in {printable(folder)}: {', '.join(drawn)}; each with its data as .csv")
 
 
 def show_reading(trained: RestoredRun, test: Split, index: int, folder: Path) -> list[str]:
@@ -101,7 +102,7 @@ def show_reading(trained: RestoredRun, test: Split, index: int, folder: Path) ->
     probabilities = probabilities_by_row(trained.model, trained.params, image)
     layers = gates_by_row(trained.model, trained.params, image)
     settled = settled_row(probabilities, label)
-    print(f"{title}; read by step {trained.step} of {trained.config.workdir}\n")
+    print(f"{title}; read by step {trained.step} of {printable(trained.config.workdir)}\n")
     print(report(probabilities, label))
     figures.draw_reading(image, label, probabilities, settled, title, folder / "read_digit.png")
     figures.draw_gates(image, layers, settled, title, folder / "gates.png")

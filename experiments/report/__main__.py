@@ -18,7 +18,7 @@ import tyro
 from experiments.report.gather import gather, read_test_sets
 from experiments.restored import read_config
 from experiments.run_files import RunFilesError, writing
-from experiments.usage import DataPlaces, UsageError, check_packages, fail
+from experiments.usage import DataPlaces, UsageError, check_packages, fail, printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +58,12 @@ def run(options: Options) -> None:
     from experiments.report import page  # it needs Jinja2 and matplotlib
 
     datasets = [read_config(workdir).dataset for workdir in options.workdirs]
+    print(f"data     the test images of {', '.join(dict.fromkeys(datasets))}", flush=True)
     test_sets = read_test_sets(datasets, options.data_dir, options.manual_dir)
-    runs = [gather(workdir, test_sets) for workdir in options.workdirs]
+    runs = []
+    for workdir in options.workdirs:
+        print(f"reading  them with {printable(workdir)}", flush=True)
+        runs.append(gather(workdir, test_sets))
     path = options.output or options.workdirs[0] / "report.html"
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,8 +71,8 @@ def run(options: Options) -> None:
         path.write_text(page.render(runs), encoding="utf-8", errors="replace")
     for run in runs:
         for line in run.missing:
-            print(f"missing  {run.workdir}: {line}")
-    print(f"report   {path}")
+            print(f"missing  {printable(run.workdir)}: {printable(line)}")
+    print(f"report   {printable(path)}")
 
 
 if __name__ == "__main__":

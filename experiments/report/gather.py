@@ -1,25 +1,22 @@
 """What a run's workdir tells about it, as far as it goes, and what is missing."""
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import from_config, run_files
+from experiments import from_config
 from experiments.config import Config, of_the_run
 from experiments.read_digit.reading import Mistakes, find_mistakes
+from experiments.report import recorded
 from experiments.restored import classify, read_config, restore_run
 from lstm_flax import data
 from lstm_flax.checkpoints import CheckpointError
 from lstm_flax.data import DataError, Split
 
-FIGURES = (
-    "epoch", "step", "train_loss", "train_accuracy", "test_loss", "test_accuracy",
-    "images_per_second", "seconds",
-)  # fmt: skip
-"""Numbers that each line of metrics.jsonl has."""
+MOST_NAMED = 10
+"""How many missing epochs are named; of more the number is told."""
 
 
 class Score(NamedTuple):
@@ -29,6 +26,7 @@ class Score(NamedTuple):
     accuracy: float  # as a fraction
     correct: int | None  # images; None where only the fraction is known
     total: int | None
+    is_measured: bool  # by this report; else it is what the run recorded
 
 
 class Result(NamedTuple):
@@ -45,8 +43,8 @@ class Gathered(NamedTuple):
 
     workdir: Path
     config: Config
-    records: list[dict[str, Any]]  # the whole lines of metrics.jsonl
-    starts: list[dict[str, Any]]  # the whole lines of environment.jsonl
+    records: list[dict[str, Any]]  # of its epochs
+    starts: list[dict[str, Any]]  # of each start of training, with what and on what
     parameters: int
     result: Result | None
     score: Score | None
@@ -61,15 +59,13 @@ def gather(workdir: Path, test_sets: Mapping[str, Split | DataError]) -> Gathere
         test_sets: by dataset, its test images, or why they can't be had.
 
     Raises:
-        RunFilesError: there is no run in the workdir, or its config.json can't be read.
+        RunFilesError: there is no run in the workdir, or what it recorded can't be read or be true.
     """
     config, missing = read_config(workdir), []
-    records = [
-        line for line in run_files.read_lines(run_files.metrics_path(workdir)) if is_record(line)
-    ]
+    records, evaluation = recorded.read_epochs(workdir), recorded.read_evaluation(workdir)
     if note := what_epochs_are_missing(records, config.epochs):
         missing.append(note)
-    starts = run_files.read_lines(run_files.environment_path(workdir))
+    starts = recorded.read_starts(workdir)
     if not starts:
         missing.append("what it was trained with and on: environment.jsonl is missing or damaged")
     result = None
@@ -80,7 +76,7 @@ def gather(workdir: Path, test_sets: Mapping[str, Split | DataError]) -> Gathere
         result = read_test_set(workdir, test)
     except (CheckpointError, DataError) as error:
         missing.append(f"its confusion matrix and its mistakes: {error}")
-    score = score_of(result) or evaluated_score(workdir) or last_score(records)
+    score = score_of(result) or evaluated_score(evaluation) or last_score(records)
     parameters = from_config.count_parameters(config)
     return Gathered(workdir, config, records, starts, parameters, result, score, missing)
 
@@ -119,28 +115,23 @@ def score_of(result: Result | None) -> Score | None:
     if result is None:
         return None
     correct, total = int(result.confusion.trace()), int(result.confusion.sum())
-    return Score(result.step, correct / total, correct, total)
+    return Score(result.step, correct / total, correct, total, is_measured=True)
 
 
-def evaluated_score(workdir: Path) -> Score | None:
-    """The accuracy in eval.json, None where there is none."""
-    with contextlib.suppress(IndexError, KeyError, TypeError, ValueError, ZeroDivisionError):
-        evaluation = run_files.read_json(run_files.eval_path(workdir))
-        step, correct, total = (int(evaluation[name]) for name in ("step", "correct", "total"))
-        return Score(step, correct / total, correct, total)
-    return None
+def evaluated_score(evaluation: Mapping[str, int] | None) -> Score | None:
+    """The accuracy that eval.json tells, None where there is none."""
+    if evaluation is None:
+        return None
+    step, correct, total = (evaluation[name] for name in ("step", "correct", "total"))
+    return Score(step, correct / total, correct, total, is_measured=False)
 
 
 def last_score(records: Sequence[Mapping[str, Any]]) -> Score | None:
     """The accuracy after the last epoch, None where none is finished."""
     if not records:
         return None
-    return Score(records[-1]["step"], records[-1]["test_accuracy"], None, None)
-
-
-def is_record(line: Mapping[str, Any]) -> bool:
-    """Whether a line of metrics.jsonl has all that a report shows of an epoch."""
-    return all(isinstance(line.get(name), int | float) for name in FIGURES)
+    last = records[-1]
+    return Score(last["step"], last["test_accuracy"], None, None, is_measured=False)
 
 
 def what_epochs_are_missing(records: Sequence[Mapping[str, Any]], epochs: int) -> str | None:
@@ -149,7 +140,8 @@ def what_epochs_are_missing(records: Sequence[Mapping[str, Any]], epochs: int) -
     if not done:
         return "all epochs: none is finished yet, or metrics.jsonl is lost"
     if lost := sorted(set(range(1, max(done))) - done):
-        numbers = ", ".join(map(str, lost))
+        more = f" and {len(lost) - MOST_NAMED:,} more" if len(lost) > MOST_NAMED else ""
+        numbers = ", ".join(map(str, lost[:MOST_NAMED])) + more
         return f"the curves of epoch {numbers}: damaged in metrics.jsonl"
     if max(done) < epochs:
         return f"{epochs - max(done)} of {epochs} epochs: it is training still, or was stopped"

@@ -65,7 +65,7 @@ def render(runs: Sequence[Gathered]) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"duration": duration, "grouped": "{:,.0f}".format}
+    environment.filters |= {"duration": duration, "grouped": "{:,.0f}".format, "counted": counted}
     page = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     template = environment.from_string(page)
     records = [run.records for run in runs]
@@ -107,20 +107,28 @@ def names(runs: Sequence[Gathered]) -> list[str]:
 
 
 def accuracy(score: Score | None) -> str:
-    """A test accuracy with its interval, where the number of images is known."""
+    """A test accuracy with its interval, where the number of images is known, and whose it is."""
     if score is None:
         return "–"
+    unchecked = "" if score.is_measured else ", as recorded, not checked"
     if score.correct is None or score.total is None:
-        return f"{score.accuracy:.2%}"
+        return f"{score.accuracy:.2%}{unchecked}"
     low, high = accuracy_interval(score.correct, score.total)
-    return f"{score.accuracy:.2%} ({low:.2%} to {high:.2%})"
+    return f"{score.accuracy:.2%} ({low:.2%} to {high:.2%}){unchecked}"
 
 
 def duration(seconds: float) -> str:
     """Seconds as hours, minutes and seconds."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def counted(number: int, noun: str) -> str:
+    """So many of a thing."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def cells(confusion: np.ndarray) -> list[list[Cell]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,6 @@ import jax
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from experiments.stopping import Stopped
-
 
 def warn(message: str) -> None:
     """Say what the run could deal with and a person should know."""
@@ -21,8 +20,9 @@ def warn(message: str) -> None:
 
 
 def quiet_orbax() -> None:
-    """Silence what Orbax logs as errors, since it also raises it."""
+    """Silence what Orbax logs as errors, since it also raises it, and what a failed save leaves."""
     absl.logging.set_verbosity(absl.logging.FATAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 @contextlib.contextmanager
@@ -30,14 +30,12 @@ def without_echoes() -> Iterator[None]:
     """Leave out tracebacks of what is known already.
 
     Those that Orbax's other writes print after one of them failed: Orbax raises that failure
-    itself, and closes the event loop that the others report to. And that of a request to stop which
-    fell into a destructor: training sees it all the same.
+    itself, and closes the event loop that the others report to.
     """
     shown = sys.unraisablehook
 
     def show(unraisable):
-        error = unraisable.exc_value
-        if str(error) != "Event loop is closed" and not isinstance(error, Stopped):
+        if str(unraisable.exc_value) != "Event loop is closed":
             shown(unraisable)
 
     sys.unraisablehook = show

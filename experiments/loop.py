@@ -37,7 +37,7 @@ def train(run: Run, position: Position, stop: StopRequests) -> None:
     """Train from a position to the end of the last epoch.
 
     Raises:
-        Stopped: asked to; the position is saved.
+        Stopped: asked to, perhaps after the last step; the position is saved.
         TrainingError: the loss is not finite.
         CheckpointError: a checkpoint can't be written.
     """
@@ -64,8 +64,9 @@ def train(run: Run, position: Position, stop: StopRequests) -> None:
             if is_end_of_epoch or pace.is_save_due or pace.stop_signal:
                 save(run, position)
         checkpoints.wait(run.manager)
-    if pace.stop_signal and position.epochs < config.epochs:
-        raise Stopped(pace.stop_signal)
+        pace.after_training()
+        if pace.stop_signal:
+            raise Stopped(pace.stop_signal)
 
 
 def compile_train_steps(run: Run, position: Position) -> TakeSteps:

@@ -1,6 +1,7 @@
 """The experiment as a user runs it: command lines in, files and lines out."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,53 @@ def test_more_epochs_can_be_asked_of_a_finished_run(run, tmp_path):
     assert status == 0
     assert "resuming from step 14, in epoch 2" in output
     assert [line["epoch"] for line in read_lines(tmp_path)] == [1, 2]
+
+
+def contents(folder):
+    """All that a folder holds, and when each file was last written."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.fixture(scope="module")
+def cut_off(data_dir, tmp_path_factory):
+    """The workdir of a run of four epochs that was cut off in its third one."""
+    workdir = tmp_path_factory.mktemp("cut_off") / "run"
+    places = ["--data-dir", str(data_dir), "--workdir", str(workdir)]
+    assert mnist_lstm.main([*places, *SMALL, "--epochs", "4", "--checkpoint-every", "5"]) == 0
+    checkpoints = workdir / "checkpoints"
+    for path in checkpoints.iterdir():  # 50, 55, 56
+        if path.name != "50":
+            shutil.rmtree(path)
+    return workdir
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize(
+    ("flags", "missing"),
+    [
+        ([], "eval.json"),
+        (["--eval-only"], "eval.json"),
+        (["--tensorboard"], "eval.json"),
+        (SMALL, "config.json"),
+        ([], "metrics.jsonl"),
+    ],
+)
+def test_fewer_epochs_are_refused_and_nothing_is_written(
+    run, cut_off, tmp_path, epochs, flags, missing
+):
+    """Whichever of its files still knows what the run has reached; also at the second try."""
+    workdir = shutil.copytree(cut_off, tmp_path / "run")
+    (workdir / missing).unlink()
+    before = contents(workdir)
+    for _ in range(2):
+        status, output, error = run("--workdir", workdir, "--epochs", epochs, *flags)
+        assert (status, output) == (2, "")
+        done = 3 if missing == "metrics.jsonl" else 4
+        message = f"error: --epochs is {epochs}, but the run in {workdir} has trained {done} of 4; "
+        assert error.startswith(message)
+        assert error.count("\n") == 1
+        assert contents(workdir) == before
 
 
 def test_a_workdir_of_another_run_is_refused_with_each_difference(run, tmp_path):

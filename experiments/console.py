@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class Progress:
     """A progress bar over the images of a whole run on a terminal; plain lines elsewhere."""
 
     def __init__(self, images: int, done: int):
+        self._has_header = False
         self._bar = tqdm(
             total=images,
             initial=done,
@@ -70,22 +71,41 @@ class Progress:
         self._bar.update(done - self._bar.n)
 
     def epoch(self, record: dict[str, Any], epochs: int) -> None:
-        """Print an epoch's line."""
-        parts = [
-            f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}",
-            f"step {record['step']}",
-            f"train {record['train_loss']:.4f} {record['train_accuracy']:7.2%}",
-        ]
-        if "validation_accuracy" in record:
-            parts.append(
-                f"validation {record['validation_loss']:.4f} {record['validation_accuracy']:7.2%}"
-            )
-        parts += [
-            f"test {record['test_loss']:.4f} {record['test_accuracy']:7.2%}",
-            f"{record['images_per_second']:,.0f} images/s",
-            f"{record['seconds']:.0f} s",
-        ]
-        self._bar.write("  ".join(parts))
+        """Print an epoch's line, and before the first one what its columns are."""
+        splits = [name for name in ("train", "validation", "test") if f"{name}_loss" in record]
+        last_step = record["step"] * epochs // record["epoch"]
+        columns = {
+            " " * len("epoch /"): f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}",
+            "step": f"{record['step']:>{max(4, len(str(last_step)))}}",
+            **{f"{name[:5]} loss %": _loss_and_accuracy(record, name) for name in splits},
+            "img/s": f"{record['images_per_second']:6.0f}",
+            "time": f"{duration(record['seconds']):>5}",
+        }
+        if not self._has_header:
+            header = (name.rjust(len(cell)) for name, cell in columns.items())
+            self._bar.write("  ".join(header))
+            self._has_header = True
+        self._bar.write("  ".join(columns.values()))
+
+
+def _loss_and_accuracy(record: Mapping[str, Any], split: str) -> str:
+    """In twelve characters: the accuracy in percent."""
+    loss, percent = record[f"{split}_loss"], 100 * record[f"{split}_accuracy"]
+    return f"{loss:.4f}"[:6] + " " + f"{percent:.2f}"[:5].rjust(5)
+
+
+def duration(seconds: float) -> str:
+    """A time in a few characters, however short or long."""
+    if seconds < 0.0995:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 599.5:
+        return f"{seconds:.{int(seconds < 9.95)}f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
+
+
+def count(number: int, noun: str) -> str:
+    """So many of something, as in "1 layer" and "2 layers"."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
@@ -114,9 +134,9 @@ def print_summary(
         checkpoint: what was evaluated.
         command: how to evaluate it again.
     """
-    minutes, seconds = divmod(round(sum(record["seconds"] for record in records)), 60)
+    time = duration(sum(record["seconds"] for record in records))
     print()
     print(f"test accuracy  {accuracy_line(evaluation['correct'], evaluation['total'])}")
-    print(f"trained        {len(records)} epochs in {minutes} min {seconds} s")
+    print(f"trained        {count(len(records), 'epoch')} in {time}")
     print(f"checkpoint     {checkpoint}")
     print(f"evaluate it    {command}")

@@ -18,7 +18,7 @@ from flax.training.train_state import TrainState
 from experiments import environment, from_config, run_files
 from experiments.board import Board
 from experiments.config import Config
-from experiments.console import Progress
+from experiments.console import Progress, duration
 from experiments.pace import Pace
 from experiments.position import Position, Run, save
 from experiments.stopping import Stopped, StopRequests
@@ -42,9 +42,10 @@ def train(run: Run, position: Position, stop: StopRequests) -> None:
         CheckpointError: a checkpoint can't be written.
     """
     config, images = run.config, len(run.datasets["train"]["label"])
+    print("compiling, which may take a quarter of a minute", flush=True)
     started = time.perf_counter()
     take_steps = compile_train_steps(run, position)
-    print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
+    print(f"compiled in {duration(time.perf_counter() - started)}", flush=True)
 
     pace = Pace(*config.save_interval, stop)
     with (

@@ -21,7 +21,7 @@ from flax.training.train_state import TrainState
 
 from experiments import environment, from_config, loop, processes, run_files, stopping
 from experiments.config import Config, of_the_run, parse
-from experiments.console import print_summary, quiet_orbax, warn, without_echoes
+from experiments.console import count, print_summary, quiet_orbax, warn, without_echoes
 from experiments.loop import TrainingError
 from experiments.position import Position, Run, check_epochs, resume
 from experiments.run_files import RunFilesError
@@ -120,10 +120,10 @@ def describe(run: Run, state: TrainState) -> None:
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     print(f"data    {config.dataset}: {images} images")
     print(
-        f"model   {config.num_layers} layers x {config.hidden_size}, "
+        f"model   {count(config.num_layers, 'layer')} x {config.hidden_size}, "
         f"{parameters:,} parameters, {config.precision} products"
     )
-    print(f"device  {environment.device_name()}")
+    print(f"device  {environment.device_name()}, {from_config.implementation(config)}")
 
 
 def train(run: Run, fresh: TrainState, stop: StopRequests) -> None:
@@ -133,18 +133,19 @@ def train(run: Run, fresh: TrainState, stop: StopRequests) -> None:
     run_files.write_json(run_files.config_path(config.workdir), of_the_run(config))
     run_files.write_metrics(config.workdir, position.records)
     if position.epochs >= config.epochs:
-        print(f"run     finished at step {position.step}; evaluating it")
+        print(f"run     finished at step {position.step}")
         return
     if position.step:
         print(f"run     resuming from step {position.step}, in epoch {position.epochs + 1}")
-    record_start(config.workdir, position.step)
+    record_start(config, position.step)
     loop.train(run, position, stop)
 
 
-def record_start(workdir: Path, step: int) -> None:
+def record_start(config: Config, step: int) -> None:
     """Keep with what and on what the run is trained from a step on; it trains without, too."""
+    start = environment.of_start(step) | {"implementation": str(from_config.implementation(config))}
     try:
-        run_files.append_environment(workdir, environment.of_start(step))
+        run_files.append_environment(config.workdir, start)
     except RunFilesError as error:
         warn(str(error))
 
@@ -159,6 +160,7 @@ def evaluate_result(run: Run, like: TrainState) -> None:
             warn(f"evaluating step {restored.step} ({'; '.join(map(str, damages))})")
     else:
         restored = checkpoints.restore(manager, tree, config.step)
+    print(f"run     evaluating step {restored.step}", flush=True)
     state = restored.tree["state"]
     metrics = loop.evaluate(run, state, "test")
     evaluation = {

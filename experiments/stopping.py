@@ -1,10 +1,10 @@
 """Being asked to stop: Ctrl-C, and the SIGTERM that a machine sends before it goes away.
 
-A command listens from its first import on. A thread of its own hears the signals, for Python's main
-thread hears none while XLA compiles, and what a handler raises there may go through code that is
-not made for it. What ends at once ends by `os._exit`: the interpreter's own end would take away what
-XLA's threads are using. Nothing that was saved suffers, for checkpoints and files are renamed into
-place when they are whole.
+A command listens from its first import on. A thread of its own hears the signals: Python's main
+thread hears none while XLA compiles, and what a handler raises there may pass through code that was
+not written for it. A command that stops at once does so by `os._exit`: the interpreter's own end
+would take away what XLA's threads are using. Nothing that was saved suffers, for checkpoints and
+files are renamed into place when they are whole.
 
 This is imported before all else, so it imports little.
 """
@@ -81,9 +81,10 @@ class StopRequests:
             for number in os.read(reading, 1):
                 # A server has handlers of its own.
                 if number in SIGNALS and signal.getsignal(number) is _heard_elsewhere:
-                    self._ask(number)
+                    self.ask(number)
 
-    def _ask(self, number: int) -> None:
+    def ask(self, number: int) -> None:
+        """Ask the process to stop, as this signal does; returns only the first time, and deferred."""
         with self._lock:
             if self._is_deferred and not self.asked:
                 self.asked = number

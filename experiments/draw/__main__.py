@@ -8,6 +8,7 @@ the gates and the cell state of every unit. Nothing that is drawn leaves the mac
 
 import contextlib
 import dataclasses
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -82,6 +83,7 @@ def serve(trained: RestoredRun, host: str, port: int, open_browser: bool) -> Non
             flush=True,
         )
     )
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):  # that is how it is meant to end
         ui.run(
             lambda: Page(trained).build(),

@@ -84,7 +84,7 @@ class StopRequests:
                     self.ask(number)
 
     def ask(self, number: int) -> None:
-        """Ask the process to stop, as this signal does; returns only the first time, and deferred."""
+        """Ask the process to stop, as this signal does; this returns where it is deferred."""
         with self._lock:
             if self._is_deferred and not self.asked:
                 self.asked = number

@@ -97,4 +97,4 @@ def count_parameters(config: Config) -> int:
 
 def _sample(config: Config) -> jax.Array:
     """A sequence of the shape and dtype that the model is given."""
-    return reading(config)(jnp.zeros((1, *IMAGE_SHAPE)))
+    return reading(config)(jnp.zeros((1, *IMAGE_SHAPE), jnp.float32))

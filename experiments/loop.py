@@ -18,7 +18,7 @@ from flax.training.train_state import TrainState
 from experiments import environment, from_config, run_files
 from experiments.board import Board
 from experiments.config import Config
-from experiments.console import Progress, duration
+from experiments.console import Progress, duration, warn
 from experiments.pace import Pace
 from experiments.position import Position, Run, save
 from experiments.stopping import Stopped, StopRequests
@@ -42,11 +42,7 @@ def train(run: Run, position: Position, stop: StopRequests) -> None:
         CheckpointError: a checkpoint can't be written.
     """
     config, images = run.config, len(run.datasets["train"]["label"])
-    print("compiling, which may take a quarter of a minute", flush=True)
-    started = time.perf_counter()
     take_steps = compile_train_steps(run, position)
-    print(f"compiled in {duration(time.perf_counter() - started)}", flush=True)
-
     pace = Pace(*config.save_interval, stop)
     with (
         Progress(config.epochs * images, position.epochs * images + position.images) as progress,
@@ -71,7 +67,10 @@ def train(run: Run, position: Position, stop: StopRequests) -> None:
 
 
 def compile_train_steps(run: Run, position: Position) -> TakeSteps:
-    """Compile `training.train_steps` ahead of time, so that no figure holds compile time."""
+    """Compile `training.train_steps` ahead of time, so that no figure holds compile time.
+
+    It says so, for it takes long. Under `jax.disable_jit`, for debugging, nothing is compiled.
+    """
     take_steps = partial(
         training.train_steps,
         batch_size=run.config.batch_size,
@@ -79,11 +78,18 @@ def compile_train_steps(run: Run, position: Position) -> TakeSteps:
         read=from_config.reading(run.config),
         label_smoothing=run.config.label_smoothing,
     )
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+        warn("JAX_DISABLE_JIT is set: nothing is compiled, and a step takes seconds")
+        return take_steps
+    print("compiling, which may take a quarter of a minute", flush=True)
+    started = time.perf_counter()
     before = (position.state, position.metrics)
     # What comes out lies on the devices as what went in, so that it can go in again.
     layout = jax.tree.map(lambda array: array.sharding, before)
     jitted = jax.jit(take_steps, donate_argnums=(0, 1), out_shardings=layout)
-    return jitted.lower(*before, run.datasets["train"], run.keys, np.int32(1)).compile()
+    compiled = jitted.lower(*before, run.datasets["train"], run.keys, np.int32(1)).compile()
+    print(f"compiled in {duration(time.perf_counter() - started)}", flush=True)
+    return compiled
 
 
 def open_board(config: Config, position: Position) -> Board:

@@ -167,7 +167,8 @@ def test_a_run_in_64_bits_without_a_compiler_says_that_it_scans_and_can_go_on_in
     assert output.count("scan (there is no C++ compiler") == 1
     status, output, error = run("--workdir", workdir, "--epochs", 2)
     assert (status, error) == (0, "")
-    starts = [json.loads(line) for line in (workdir / "environment.jsonl").open()]
+    environment = (workdir / "environment.jsonl").read_text()
+    starts = [json.loads(line) for line in environment.splitlines()]
     assert starts[0]["implementation"].startswith("scan (there is no C++ compiler")
     assert f", {starts[1]['implementation']}\n" in output
     evaluation = read_eval(workdir)

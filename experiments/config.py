@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -183,7 +184,8 @@ def _check_bounds(config: Config) -> None:
     for name in ("label_smoothing", "dropout"):
         check(config, name, 0 <= getattr(config, name) < 1, "at least 0 and less than 1")
     workdir = config.workdir
-    check(config, "workdir", workdir.is_dir() or not workdir.exists(), "a folder")
+    is_free = not os.path.lexists(workdir)  # a link to nowhere is there, and no folder
+    check(config, "workdir", is_free or os.path.isdir(workdir), "a folder")
     try:
         is_interval = all(value is None or value > 0 for value in config.save_interval)
     except ValueError:

@@ -2,7 +2,8 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import jax
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from experiments.stopping import Stopped
 from experiments.usage import printable
 
 
@@ -22,8 +22,9 @@ def warn(message: str) -> None:
 
 
 def quiet_orbax() -> None:
-    """Silence what Orbax logs as errors, since it also raises it."""
+    """Silence what Orbax logs as errors, since it also raises it, and what a failed save leaves."""
     absl.logging.set_verbosity(absl.logging.FATAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 @contextlib.contextmanager
@@ -31,14 +32,12 @@ def without_echoes() -> Iterator[None]:
     """Leave out tracebacks of what is known already.
 
     Those that Orbax's other writes print after one of them failed: Orbax raises that failure
-    itself, and closes the event loop that the others report to. And that of a request to stop which
-    fell into a destructor: training sees it all the same.
+    itself, and closes the event loop that the others report to.
     """
     shown = sys.unraisablehook
 
     def show(unraisable):
-        error = unraisable.exc_value
-        if str(error) != "Event loop is closed" and not isinstance(error, Stopped):
+        if str(unraisable.exc_value) != "Event loop is closed":
             shown(unraisable)
 
     sys.unraisablehook = show
@@ -52,6 +51,7 @@ class Progress:
     """A progress bar over the images of a whole run on a terminal; plain lines elsewhere."""
 
     def __init__(self, images: int, done: int):
+        self._has_header = False
         self._bar = tqdm(
             total=images,
             initial=done,
@@ -73,22 +73,41 @@ class Progress:
         self._bar.update(done - self._bar.n)
 
     def epoch(self, record: dict[str, Any], epochs: int) -> None:
-        """Print an epoch's line."""
-        parts = [
-            f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}",
-            f"step {record['step']}",
-            f"train {record['train_loss']:.4f} {record['train_accuracy']:7.2%}",
-        ]
-        if "validation_accuracy" in record:
-            parts.append(
-                f"validation {record['validation_loss']:.4f} {record['validation_accuracy']:7.2%}"
-            )
-        parts += [
-            f"test {record['test_loss']:.4f} {record['test_accuracy']:7.2%}",
-            f"{record['images_per_second']:,.0f} images/s",
-            f"{record['seconds']:.0f} s",
-        ]
-        self._bar.write("  ".join(parts))
+        """Print an epoch's line, and before the first one what its columns are."""
+        splits = [name for name in ("train", "validation", "test") if f"{name}_loss" in record]
+        last_step = record["step"] * epochs // record["epoch"]
+        columns = {
+            " " * len("epoch /"): f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}",
+            "step": f"{record['step']:>{max(4, len(str(last_step)))}}",
+            **{f"{name[:5]} loss %": _loss_and_accuracy(record, name) for name in splits},
+            "img/s": f"{record['images_per_second']:6.0f}",
+            "time": f"{duration(record['seconds']):>5}",
+        }
+        if not self._has_header:
+            header = (name.rjust(len(cell)) for name, cell in columns.items())
+            self._bar.write("  ".join(header))
+            self._has_header = True
+        self._bar.write("  ".join(columns.values()))
+
+
+def _loss_and_accuracy(record: Mapping[str, Any], split: str) -> str:
+    """In twelve characters: the accuracy in percent."""
+    loss, percent = record[f"{split}_loss"], 100 * record[f"{split}_accuracy"]
+    return f"{loss:.4f}"[:6] + " " + f"{percent:.2f}"[:5].rjust(5)
+
+
+def duration(seconds: float) -> str:
+    """A time in a few characters, however short or long."""
+    if seconds < 0.0995:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 599.5:
+        return f"{seconds:.{int(seconds < 9.95)}f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
+
+
+def count(number: int, noun: str) -> str:
+    """So many of something, as in "1 layer" and "2 layers"."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
@@ -117,9 +136,9 @@ def print_summary(
         checkpoint: what was evaluated.
         command: how to evaluate it again.
     """
-    minutes, seconds = divmod(round(sum(record["seconds"] for record in records)), 60)
+    time = duration(sum(record["seconds"] for record in records))
     print()
     print(f"test accuracy  {accuracy_line(evaluation['correct'], evaluation['total'])}")
-    print(f"trained        {len(records)} epochs in {minutes} min {seconds} s")
+    print(f"trained        {count(len(records), 'epoch')} in {time}")
     print(f"checkpoint     {checkpoint}")
     print(f"evaluate it    {command}")

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,24 @@ def model(config: Config) -> SequenceClassifier:
         # Else a TPU would round float32 operands to bfloat16, and a GPU to TensorFloat-32.
         precision=jax.lax.Precision.HIGHEST if is_float32 else None,
         bias_init=chrono_init(math.prod(IMAGE_SHAPE)) if is_long else forget_gate_ones,
+    )
+
+
+class Implementation(NamedTuple):
+    """Which implementation of its layers a model runs, and why not a faster one."""
+
+    name: str
+    why_not_faster: str | None
+
+    def __str__(self) -> str:
+        return self.name + (f" ({self.why_not_faster})" if self.why_not_faster else "")
+
+
+def implementation(config: Config) -> Implementation:
+    """Which implementation of the LSTM layer trains this model on this machine."""
+    reason = model(config).core.why_not_native(_sample(config), deterministic=False)
+    return (
+        Implementation("native kernel", None) if reason is None else Implementation("scan", reason)
     )
 
 
@@ -78,4 +97,4 @@ def count_parameters(config: Config) -> int:
 
 def _sample(config: Config) -> jax.Array:
     """A sequence of the shape and dtype that the model is given."""
-    return reading(config)(jnp.zeros((1, *IMAGE_SHAPE)))
+    return reading(config)(jnp.zeros((1, *IMAGE_SHAPE), jnp.float32))

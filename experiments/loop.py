@@ -18,7 +18,7 @@ from flax.training.train_state import TrainState
 from experiments import environment, from_config, run_files
 from experiments.board import Board
 from experiments.config import Config
-from experiments.console import Progress
+from experiments.console import Progress, duration, warn
 from experiments.pace import Pace
 from experiments.position import Position, Run, save
 from experiments.stopping import Stopped, StopRequests
@@ -37,15 +37,12 @@ def train(run: Run, position: Position, stop: StopRequests) -> None:
     """Train from a position to the end of the last epoch.
 
     Raises:
-        Stopped: asked to; the position is saved.
+        Stopped: asked to, perhaps after the last step; the position is saved.
         TrainingError: the loss is not finite.
         CheckpointError: a checkpoint can't be written.
     """
     config, images = run.config, len(run.datasets["train"]["label"])
-    started = time.perf_counter()
     take_steps = compile_train_steps(run, position)
-    print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
-
     pace = Pace(*config.save_interval, stop)
     with (
         Progress(config.epochs * images, position.epochs * images + position.images) as progress,
@@ -64,12 +61,16 @@ def train(run: Run, position: Position, stop: StopRequests) -> None:
             if is_end_of_epoch or pace.is_save_due or pace.stop_signal:
                 save(run, position)
         checkpoints.wait(run.manager)
-    if pace.stop_signal and position.epochs < config.epochs:
-        raise Stopped(pace.stop_signal)
+        pace.after_training()
+        if pace.stop_signal:
+            raise Stopped(pace.stop_signal)
 
 
 def compile_train_steps(run: Run, position: Position) -> TakeSteps:
-    """Compile `training.train_steps` ahead of time, so that no figure holds compile time."""
+    """Compile `training.train_steps` ahead of time, so that no figure holds compile time.
+
+    It says so, for it takes long. Under `jax.disable_jit`, for debugging, nothing is compiled.
+    """
     take_steps = partial(
         training.train_steps,
         batch_size=run.config.batch_size,
@@ -77,14 +78,18 @@ def compile_train_steps(run: Run, position: Position) -> TakeSteps:
         read=from_config.reading(run.config),
         label_smoothing=run.config.label_smoothing,
     )
-    # Somebody debugs: JAX then runs nothing that was compiled ahead.
-    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # JAX declares no flags
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+        warn("JAX_DISABLE_JIT is set: nothing is compiled, and a step takes seconds")
         return take_steps
+    print("compiling, which may take a quarter of a minute", flush=True)
+    started = time.perf_counter()
     before = (position.state, position.metrics)
     # What comes out lies on the devices as what went in, so that it can go in again.
     layout = jax.tree.map(lambda array: array.sharding, before)
     jitted = jax.jit(take_steps, donate_argnums=(0, 1), out_shardings=layout)
-    return jitted.lower(*before, run.datasets["train"], run.keys, np.int32(1)).compile()
+    compiled = jitted.lower(*before, run.datasets["train"], run.keys, np.int32(1)).compile()
+    print(f"compiled in {duration(time.perf_counter() - started)}", flush=True)
+    return compiled
 
 
 def open_board(config: Config, position: Position) -> Board:

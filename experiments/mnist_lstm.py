@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ import jax
 import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
 
-from experiments import environment, from_config, loop, processes, run_files
+from experiments import environment, from_config, loop, processes, run_files, stopping
 from experiments.config import Config, of_the_run, parse
-from experiments.console import print_summary, quiet_orbax, warn, without_echoes
+from experiments.console import count, print_summary, quiet_orbax, warn, without_echoes
 from experiments.loop import TrainingError
-from experiments.position import Position, Run, resume
+from experiments.position import Position, Run, check_epochs, resume
 from experiments.run_files import RunFilesError
-from experiments.stopping import Stopped, StopRequests, stop_requests
+from experiments.stopping import Stopped, StopRequests
 from experiments.usage import UsageError, check_fills_batch
 from lstm_flax import checkpoints, data, training
 from lstm_flax.checkpoints import CheckpointError
@@ -37,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_orbax()
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # the same, of Orbax's event loop
     try:
-        with stop_requests() as stop, without_echoes():
-            run(parse(argv), stop)
+        with without_echoes():
+            run(parse(argv), stopping.REQUESTS)
     except (UsageError, RunFilesError, TrainingError, DataError, CheckpointError) as error:
         return processes.fail(error)
     except jax.errors.JaxRuntimeError as error:
@@ -46,13 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return processes.fail(UsageError(str(error).splitlines()[0]))
     except Stopped as stopped:
-        print(f"stopped by {stopped}: the same command goes on from there", file=sys.stderr)
+        stopping.REQUESTS.say(stopped)
         return 128 + stopped.signal
     return 0
 
 
 def run(config: Config, stop: StopRequests) -> None:
     """Train, or go on training, then evaluate the result; or only evaluate."""
+    check_epochs(config)
+    stop.outlook = partial(outlook, config)
     with processes.joined(config):
         builder = data.prepare(config.dataset, config.data_dir, config.manual_dir)
         config = dataclasses.replace(config, dataset=builder.name)
@@ -68,6 +71,15 @@ def run(config: Config, stop: StopRequests) -> None:
             if not config.eval_only:
                 train(run, state, stop)
             evaluate_result(run, state)
+
+
+def outlook(config: Config) -> str:
+    """What to expect of the same command after this one was stopped."""
+    if config.eval_only:
+        return ""
+    if run_files.saved_steps(config.workdir):
+        return ": the same command goes on from there"
+    return " before the first save: the same command starts anew"
 
 
 def load_splits(config: Config, builder) -> dict[str, data.Split]:
@@ -108,10 +120,10 @@ def describe(run: Run, state: TrainState) -> None:
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     print(f"data    {config.dataset}: {images} images")
     print(
-        f"model   {config.num_layers} layers x {config.hidden_size}, "
+        f"model   {count(config.num_layers, 'layer')} x {config.hidden_size}, "
         f"{parameters:,} parameters, {config.precision} products"
     )
-    print(f"device  {environment.device_name()}")
+    print(f"device  {environment.device_name()}, {from_config.implementation(config)}")
 
 
 def train(run: Run, fresh: TrainState, stop: StopRequests) -> None:
@@ -121,18 +133,19 @@ def train(run: Run, fresh: TrainState, stop: StopRequests) -> None:
     run_files.write_json(run_files.config_path(config.workdir), of_the_run(config))
     run_files.write_metrics(config.workdir, position.records)
     if position.epochs >= config.epochs:
-        print(f"run     finished at step {position.step}; evaluating it")
+        print(f"run     finished at step {position.step}")
         return
     if position.step:
         print(f"run     resuming from step {position.step}, in epoch {position.epochs + 1}")
-    record_start(config.workdir, position.step)
+    record_start(config, position.step)
     loop.train(run, position, stop)
 
 
-def record_start(workdir: Path, step: int) -> None:
+def record_start(config: Config, step: int) -> None:
     """Keep with what and on what the run is trained from a step on; it trains without, too."""
+    start = environment.of_start(step) | {"implementation": str(from_config.implementation(config))}
     try:
-        run_files.append_environment(workdir, environment.of_start(step))
+        run_files.append_environment(config.workdir, start)
     except RunFilesError as error:
         warn(str(error))
 
@@ -147,6 +160,7 @@ def evaluate_result(run: Run, like: TrainState) -> None:
             warn(f"evaluating step {restored.step} ({'; '.join(map(str, damages))})")
     else:
         restored = checkpoints.restore(manager, tree, config.step)
+    print(f"run     evaluating step {restored.step}", flush=True)
     state = restored.tree["state"]
     metrics = loop.evaluate(run, state, "test")
     evaluation = {
@@ -163,7 +177,10 @@ def evaluate_result(run: Run, like: TrainState) -> None:
         Path(manager.directory) / str(restored.step),
         evaluation_command(config),
     )
-    run_files.write_json(run_files.eval_path(config.workdir), evaluation)
+    try:
+        run_files.write_json(run_files.eval_path(config.workdir), evaluation)
+    except RunFilesError as error:
+        warn(str(error))  # a run that may only be read can be evaluated
 
 
 def evaluation_command(config: Config) -> str:

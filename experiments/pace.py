@@ -36,10 +36,18 @@ class Pace:
             steps = min(steps, self._every_steps - step % self._every_steps)
         elif self._every_seconds:
             is_due = time.perf_counter() - self._saved >= self._every_seconds
-        agreed = np.array([[steps, is_due, self._stop.asked]])
-        if jax.process_count() > 1:
-            agreed = multihost_utils.process_allgather(agreed[0])
+        agreed = _of_all(steps, is_due, self._stop.asked)
         self.steps, self.is_save_due = int(agreed[0, 0]), bool(agreed[0, 1])
         self.stop_signal = int(agreed[:, 2].max())
         if self.is_save_due:
             self._saved = time.perf_counter()
+
+    def after_training(self) -> None:
+        """See whether to stop, though there is no next call."""
+        self.stop_signal = int(_of_all(self._stop.asked).max())
+
+
+def _of_all(*values: int) -> np.ndarray:
+    """These values of every process, [processes, values]."""
+    own = np.array(values)
+    return multihost_utils.process_allgather(own) if jax.process_count() > 1 else own[None]

@@ -1,5 +1,6 @@
 """How far a run is: saved as a checkpoint, and gone on from."""
 
+import contextlib
 from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
@@ -8,6 +9,7 @@ from flax.training.train_state import TrainState
 from experiments import run_files
 from experiments.config import Config, differences, of_the_run
 from experiments.console import warn
+from experiments.usage import UsageError
 from lstm_flax import checkpoints, training
 from lstm_flax.training import Batch, Keys, Metrics
 
@@ -63,6 +65,27 @@ class Position(NamedTuple):
     def loss(self) -> float:
         """Mean training loss over the epoch so far."""
         return float(self.metrics.loss)
+
+
+def check_epochs(config: Config) -> None:
+    """Check that the run in the workdir, if there is one, has no more epochs than are asked for.
+
+    Raises:
+        UsageError: it was saved for more, or has trained more.
+    """
+    directory = run_files.checkpoints_path(config.workdir)
+    planned, done = 0, len(run_files.read_lines(run_files.metrics_path(config.workdir)))
+    for step in run_files.saved_steps(config.workdir):
+        with contextlib.suppress(checkpoints.DamagedError):  # restoring will say so
+            about = checkpoints.read_about(directory, step)["about"]
+            planned = max(planned, about["config"]["epochs"])
+            done = max(done, len(about["records"]))
+    if config.epochs < max(planned, done):
+        raise UsageError(
+            f"--epochs is {config.epochs}, but the run in {config.workdir} has trained {done} of "
+            f"{max(planned, done)}; its epochs may only grow: leave --epochs out, or give another "
+            f"--workdir"
+        )
 
 
 def resume(run: Run, fresh: Position) -> Position:

@@ -50,6 +50,14 @@ def checkpoints_path(workdir: Path) -> Path:
     return workdir / "checkpoints"
 
 
+def saved_steps(workdir: Path) -> list[int]:
+    """Steps of the checkpoints that are whole, by their folders' names; the latest first."""
+    with contextlib.suppress(OSError):
+        names = [path.name for path in checkpoints_path(workdir).iterdir()]
+        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+    return []
+
+
 def read_config(workdir: Path) -> dict[str, Any] | None:
     """Return the configuration of the run in `workdir`, or None where there is none.
 
@@ -102,16 +110,23 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def set_aside(workdir: Path, steps: list[int]) -> Path:
-    """Move damaged checkpoints out of the way, and return the folder where they are now."""
+    """Move damaged checkpoints out of the way, and return the folder where they are now.
+
+    Raises:
+        RunFilesError: one can't be moved.
+    """
     folder = workdir / "damaged"
     if is_writer():
-        folder.mkdir(exist_ok=True)
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
         for step in steps:
             numbers = itertools.count(1)
             target = folder / str(step)
             while target.exists():
                 target = folder / f"{step}-{next(numbers)}"
-            (checkpoints_path(workdir) / str(step)).rename(target)
+            path = checkpoints_path(workdir) / str(step)
+            with writing(path, "moved away, though it is damaged"):
+                path.rename(target)
     multihost_utils.sync_global_devices("damaged checkpoints are out of the way")
     return folder
 
@@ -178,9 +193,9 @@ def _replace(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, done: str = "written") -> Iterator[None]:
     """Turn what the operating system objects to into a RunFilesError that names the path."""
     try:
         yield
     except OSError as error:
-        raise RunFilesError(f"{path} can't be written ({error.strerror})") from error
+        raise RunFilesError(f"{path} can't be {done} ({error.strerror})") from error

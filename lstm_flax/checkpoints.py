@@ -68,7 +68,8 @@ def open_checkpoints(
 
     Raises:
         ValueError: `keep` is no positive integer.
-        CheckpointError: on closing, where the last save failed.
+        CheckpointError: the directory can't be made or listed; or on closing, where the last save
+            failed.
     """
     check_integer("keep", keep, 1)
     policies = [preservation_policy.LatestN(keep), _Best(directory.absolute())]
@@ -78,7 +79,10 @@ def open_checkpoints(
         read_only=read_only,
         cleanup_tmp_directories=not read_only,
     )
-    manager = ocp.CheckpointManager(directory.absolute(), options=options)
+    try:
+        manager = ocp.CheckpointManager(directory.absolute(), options=options)
+    except OSError as error:
+        raise CheckpointError(f"{directory} can't be opened ({error.strerror})") from error
     try:
         yield manager
     except BaseException:
@@ -139,13 +143,27 @@ def wait(manager: ocp.CheckpointManager) -> None:
 
 def best_step(manager: ocp.CheckpointManager) -> int | None:
     """The step with the most `merit`, of those whose description is intact; None without any."""
-    return _best(manager.directory, manager.all_steps())
+    return _best(_read_metrics(manager.directory, manager.all_steps()))
 
 
 def result_steps(manager: ocp.CheckpointManager) -> list[int]:
-    """The checkpoints' steps: the result's, then the others that may stand in, latest first."""
-    best, others = best_step(manager), sorted(manager.all_steps(), reverse=True)
-    return list(dict.fromkeys(step for step in (best, *others) if step is not None))
+    """The checkpoints' steps: the result's, then the others that may stand in, latest first.
+
+    Before them come those whose damaged description may hide that they are the result: restoring
+    them tells of it.
+    """
+    steps = sorted(manager.all_steps(), reverse=True)
+    metrics = _read_metrics(manager.directory, steps)
+    best = _best(metrics)
+    # Where some epoch was not validated none was, and only a later one may be the result.
+    is_last_the_result = any(m and "validation_accuracy" not in m for m in metrics.values())
+    hidden = [
+        step
+        for step in steps
+        if step not in metrics and (best is None or step > best or not is_last_the_result)
+    ]
+    others = [step for step in steps if step != best and step not in hidden]
+    return hidden + ([] if best is None else [best]) + others
 
 
 def restore(manager: ocp.CheckpointManager, like: Any, step: int) -> Restored:
@@ -168,7 +186,7 @@ def restore(manager: ocp.CheckpointManager, like: Any, step: int) -> Restored:
         raise CheckpointError(
             f"no checkpoint of step {step} in {manager.directory}; there are: {steps}"
         )
-    values = _read_about(manager.directory, step)
+    values = read_about(manager.directory, step)
     fingerprints = [leaf.pop("fingerprint") for leaf in values["leaves"].values()]
     _check_leaves(step, values["leaves"], _describe(like))
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
@@ -211,7 +229,7 @@ def restore_first(
 
 @dataclasses.dataclass(frozen=True)
 class _Best(preservation_policy.PreservationPolicy):
-    """Keep the checkpoint with the most merit.
+    """Keep the checkpoint with the most merit, and those that may be it, being damaged.
 
     It is found in the checkpoints themselves: Orbax's own metrics, once damaged, keep even the
     intact checkpoints from being opened.
@@ -222,24 +240,37 @@ class _Best(preservation_policy.PreservationPolicy):
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         """Say of each checkpoint, by Orbax's protocol, whether it is the best of all."""
         steps = [checkpoint.step for checkpoint in checkpoints]
-        best = _best(self.directory, steps)
-        return [step == best for step in steps]
+        metrics = _read_metrics(self.directory, steps)
+        best = _best(metrics)
+        return [step == best or step not in metrics for step in steps]
 
 
-def _best(directory: Path, steps: Iterable[int]) -> int | None:
-    merits = {}
+def _best(metrics: dict[int, dict[str, Any]]) -> int | None:
+    return max(metrics, key=lambda step: merit(metrics[step], step), default=None)
+
+
+def _read_metrics(directory: Path, steps: Iterable[int]) -> dict[int, dict[str, Any]]:
+    """What `merit` judges, of each checkpoint whose description is intact, by its step."""
+    metrics = {}
     for step in steps:
         with contextlib.suppress(DamagedError):
-            merits[step] = merit(_read_about(directory, step)["metrics"], step)
-    return max(merits, key=merits.__getitem__, default=None)
+            metrics[step] = read_about(directory, step)["metrics"]
+    return metrics
 
 
-def _read_about(directory: Path, step: int) -> dict[str, Any]:
-    """What `save` wrote about a checkpoint, checked against its digest."""
+def read_about(directory: Path, step: int) -> dict[str, Any]:
+    """What `save` wrote about a checkpoint, checked against its digest; its arrays are not read.
+
+    Returns:
+        "about" and "metrics", as they were given, and "leaves", which describes the arrays.
+
+    Raises:
+        DamagedError: it can't be read, or is not as it was saved.
+    """
     try:
         values = json.loads((directory / str(step) / "about" / "metadata").read_text())
         is_intact = values.pop("sha256") == _digest(values)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise DamagedError(f"step {step}: its description can't be read ({error})") from error
     if not is_intact:
         raise DamagedError(f"step {step}: its description does not match its digest")

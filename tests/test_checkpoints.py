@@ -30,9 +30,9 @@ def save_all(directory, metrics):
         return sorted(manager.all_steps()), checkpoints.best_step(manager), manager.latest_step()
 
 
-def newest_intact(directory):
+def restored_result(directory):
     with checkpoints.open_checkpoints(directory, read_only=True) as manager:
-        steps = sorted(manager.all_steps(), reverse=True)
+        steps = checkpoints.result_steps(manager)
         restored, damages = checkpoints.restore_first(manager, make_state(0), steps)
     # Whatever it is, it is as it was saved.
     assert restored.about == {"n": restored.step}
@@ -113,7 +113,7 @@ def test_a_checkpoint_of_an_unknown_layout_is_refused(tmp_path):
     with ocp.CheckpointManager(tmp_path) as manager:
         manager.save(0, args=ocp.args.StandardSave(make_state(0)))
     with pytest.raises(checkpoints.CheckpointError, match="step 0: its description can't be read"):
-        newest_intact(tmp_path)
+        restored_result(tmp_path)
 
 
 DAMAGES = {
@@ -121,6 +121,7 @@ DAMAGES = {
     "cut off": lambda file, at: file[:at],
     "empty": lambda file, at: b"",
     "zeros": lambda file, at: bytes(len(file)),
+    "removed": lambda file, at: None,
 }
 
 
@@ -131,26 +132,62 @@ def two_checkpoints(tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="module")
+def validated_checkpoints(tmp_path_factory):
+    """Of three, of which the first is the result."""
+    directory = tmp_path_factory.mktemp("validated")
+    save_all(directory, [{"validation_accuracy": accuracy} for accuracy in (0.9, 0.1, 0.2)])
+    return directory
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_no_damage_to_any_file_goes_unseen_or_reaches_the_checkpoint_before(
-    two_checkpoints, tmp_path, capfd, damage
+@pytest.mark.parametrize(
+    ("checkpoints_of", "result", "next_best"),
+    [("two_checkpoints", 1, 0), ("validated_checkpoints", 0, 2)],
+)
+def test_no_damage_to_any_file_goes_unseen_or_reaches_another_checkpoint(
+    request, tmp_path, capfd, checkpoints_of, result, next_best, damage
 ):
-    """Either the damage did not matter, or the one before is restored and it is said."""
+    """Either the damage did not matter, or the next best is restored and it is said."""
     rng = random.Random(damage)
-    hurt = 0
-    files = [path for path in sorted((two_checkpoints / "1").rglob("*")) if path.is_file()]
-    for number, path in enumerate(files):
+    directory, hurt = request.getfixturevalue(checkpoints_of), 0
+    paths = [path for path in sorted((directory / str(result)).rglob("*")) if path.is_file()]
+    if damage == "removed":
+        paths += [path for path in (directory / str(result)).rglob("*") if path.is_dir()]
+    for number, path in enumerate(paths):
         copy = tmp_path / str(number)
-        shutil.copytree(two_checkpoints, copy)
-        content = path.read_bytes()
-        if content:
-            damaged = DAMAGES[damage](content, rng.randrange(len(content)))
-            (copy / path.relative_to(two_checkpoints)).write_bytes(damaged)
-        step, damages = newest_intact(copy)
-        assert (step, len(damages)) in ((1, 0), (0, 1)), path
-        hurt += step == 0
+        shutil.copytree(directory, copy)
+        harmed = copy / path.relative_to(directory)
+        if path.is_dir():
+            shutil.rmtree(harmed)
+        elif damage == "removed":
+            harmed.unlink()
+        elif content := path.read_bytes():
+            harmed.write_bytes(DAMAGES[damage](content, rng.randrange(len(content))))
+        step, damages = restored_result(copy)
+        if step == result:
+            assert not damages, path
+            continue
+        assert step == next_best, path
+        assert [damage.startswith(f"step {result}: ") for damage in damages] == [True], path
+        hurt += 1
     assert hurt >= 2  # the arrays and their description at the least
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_damaged_description_of_a_checkpoint_that_is_no_result_is_nothing_to_tell(tmp_path):
+    save_all(tmp_path, [{"test_accuracy": 0.5}] * 3)
+    (tmp_path / "0" / "about" / "metadata").unlink()
+    assert restored_result(tmp_path) == (2, [])
+
+
+def test_a_checkpoint_that_may_be_the_best_is_kept_though_its_description_is_damaged(tmp_path):
+    save_all(tmp_path, [{"validation_accuracy": accuracy} for accuracy in (0.9, 0.1, 0.2)])
+    (tmp_path / "0" / "about" / "metadata").unlink()
+    with checkpoints.open_checkpoints(tmp_path) as manager:
+        for step in range(3, 7):
+            checkpoints.save(manager, step, make_state(step, step), {"n": step})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "2", "4", "5", "6"]
 
 
 def test_a_flipped_bit_of_an_array_is_seen_though_it_can_be_read(two_checkpoints, tmp_path):
@@ -174,24 +211,24 @@ def test_where_no_checkpoint_is_intact_each_is_named(two_checkpoints, tmp_path):
     for step in "01":
         (copy / step / "about" / "metadata").unlink()
     with pytest.raises(checkpoints.CheckpointError, match=r"can be restored: step 1: .*step 0: "):
-        newest_intact(copy)
+        restored_result(copy)
 
 
 def test_half_written_folders_of_a_killed_run_are_removed(two_checkpoints, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(two_checkpoints, copy)
     (copy / "1").rename(copy / "1.orbax-checkpoint-tmp")
-    assert newest_intact(copy) == (0, [])  # read-only: all stays
+    assert restored_result(copy) == (0, [])  # read-only: all stays
     assert (copy / "1.orbax-checkpoint-tmp").exists()
     with checkpoints.open_checkpoints(copy) as manager:
         assert sorted(manager.all_steps()) == [0]
         checkpoints.save(manager, 1, make_state(1, 1), {"n": 1})
     assert sorted(path.name for path in copy.iterdir()) == ["0", "1"]
-    assert newest_intact(copy) == (1, [])
+    assert restored_result(copy) == (1, [])
 
 
 def test_restoring_executes_nothing_from_the_checkpoint(two_checkpoints, monkeypatch):
     """No unpickling, the one way by which arrays and JSON could become code."""
     for name in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, name, None)
-    assert newest_intact(two_checkpoints) == (1, [])
+    assert restored_result(two_checkpoints) == (1, [])

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 from small_runs import SMALL, command, read_eval, start, without_times
 
-from experiments import run_files
+from experiments import predict, run_files
 
 FLAGS = [*SMALL, "--epochs", 3]
 
@@ -65,6 +65,43 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_goes_on(run, finished, 
     assert read_eval(workdir) == read_eval(finished)
     assert without_times(workdir) == without_times(finished)
     assert (workdir / "damaged" / "42").is_dir()  # moved, not deleted
+
+
+def remove_description(folder):
+    shutil.rmtree(folder / "about")
+
+
+def flip_a_bit_of_the_description(folder):
+    path = folder / "about" / "metadata"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [remove_description, flip_a_bit_of_the_description])
+def test_a_damaged_description_is_said_by_every_command(run, finished, workdir, capsys, harm):
+    harm(workdir / "checkpoints" / "42")
+    status, _, error = run("--workdir", workdir, "--eval-only")
+    assert (status, error.count("\n")) == (0, 1)
+    assert error.startswith("warning: evaluating step 28 (step 42: its description ")
+    assert predict.main([str(workdir / "no picture"), "--workdir", str(workdir)]) == 2
+    assert "warning: using step 28 (step 42: its description " in capsys.readouterr().err
+    status, _, error = run("--workdir", workdir)
+    assert (status, error.count("\n")) == (0, 1)
+    assert error.startswith(f"warning: moved damaged checkpoints to {workdir}/damaged (step 42: ")
+    assert read_eval(workdir) == read_eval(finished)
+
+
+def test_the_best_checkpoint_is_missed_where_its_description_is_damaged(run, tmp_path):
+    flags = [*SMALL, "--epochs", 5, "--validation-size", 50, "--learning-rate", 0.05]
+    assert run("--workdir", tmp_path, *flags)[0] == 0
+    best = read_eval(tmp_path)["step"]
+    others = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()} - {best}
+    remove_description(tmp_path / "checkpoints" / str(best))
+    status, _, error = run("--workdir", tmp_path, "--eval-only")
+    assert (status, error.count("\n")) == (0, 1)
+    assert f"(step {best}: its description " in error
+    assert read_eval(tmp_path)["step"] in others
 
 
 def test_evaluation_falls_back_too_and_changes_nothing(run, workdir):
@@ -145,6 +182,56 @@ def test_a_workdir_in_use_is_refused_until_its_owner_is_dead(data_dir, run, tmp_
 
 def test_a_workdir_that_cannot_be_made(run):
     refused(run("--workdir", "/proc/self/run", *FLAGS), "/proc/self/run can't be written (")
+
+
+def test_a_workdir_that_is_a_link_to_nowhere(run, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    refused(run("--workdir", tmp_path / "link", *FLAGS), "--workdir must be a folder")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_an_evaluation_that_cannot_be_written_is_printed_all_the_same(run, workdir):
+    (workdir / "eval.json").unlink()
+    (workdir / "eval.json.partial").mkdir()  # as root may write what is read-only
+    status, output, error = run("--workdir", workdir, "--eval-only")
+    assert status == 0
+    assert "test accuracy" in output
+    assert error == f"warning: {workdir}/eval.json can't be written (Is a directory)\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "training", "evaluation"),
+    [
+        (
+            "checkpoints/42",
+            "error: {}/checkpoints/42 can't be moved away, though it is damaged (Perm",
+            "warning: evaluating step 28 (step 42: ",
+        ),
+        *[
+            (path, message, message)
+            for path, message in [
+                ("checkpoints", "error: {}/checkpoints can't be opened (Permission denied)"),
+                (".", "error: {}/config.json can't be read ("),
+            ]
+        ],
+    ],
+)
+def test_a_folder_that_may_not_be_read(data_dir, workdir, path, training, evaluation):
+    """Root may read all, unless what allows it that is taken away."""
+    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    if os.geteuid() == 0 and not shutil.which("setpriv"):
+        pytest.skip("root may read every folder here")
+    may_not = drop if os.geteuid() == 0 else []
+    (workdir / path).chmod(0)
+    try:
+        for flags, message in (([], training), (["--eval-only"], evaluation)):
+            begun = [*may_not, *command(data_dir, workdir, "--epochs", 3, *flags)]
+            ended = subprocess.run(begun, capture_output=True, text=True)
+            assert ended.stderr.startswith(message.format(workdir)), ended.stderr
+            assert ended.stderr.count("\n") == 1
+            assert ended.returncode == (2 if message.startswith("error") else 0)
+    finally:
+        (workdir / path).chmod(0o755)
 
 
 def test_a_full_disk_during_a_save(data_dir, run, finished, workdir):

@@ -1,14 +1,17 @@
 """The experiment as a user runs it: command lines in, files and lines out."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from small_runs import SMALL, command, read_eval, read_lines
+from small_runs import SMALL, command, read_eval, read_lines, start
 
 from experiments import mnist_lstm
+from experiments.console import Progress, duration
 
 
 def test_train_evaluate_and_run_again(run, tmp_path):
@@ -112,6 +115,121 @@ def test_more_epochs_can_be_asked_of_a_finished_run(run, tmp_path):
     assert status == 0
     assert "resuming from step 14, in epoch 2" in output
     assert [line["epoch"] for line in read_lines(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("epochs", [9, 10, 200])
+@pytest.mark.parametrize("splits", [["train", "test"], ["train", "validation", "test"]])
+def test_the_lines_of_the_epochs_fit_80_columns_and_stand_below_each_other(capsys, epochs, splits):
+    values = [  # loss, accuracy, images a second, seconds
+        (2.30259, 0.0, 99, 0.004), (0.0000004, 1.0, 12_345.6, 9.96), (12.3456789, 0.98765, 5e5, 599)
+    ]  # fmt: skip
+    with Progress(epochs * 60_000, 0) as progress:
+        for epoch, (loss, accuracy, speed, seconds) in zip((1, 2, epochs), values, strict=True):
+            record = {"epoch": epoch, "step": 469 * epoch}
+            record |= {f"{split}_loss": loss for split in splits}
+            record |= {f"{split}_accuracy": accuracy for split in splits}
+            record |= {"images_per_second": speed, "seconds": seconds}
+            progress.epoch(record, epochs)
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split()[0] == "step"
+    assert header.count("loss %") == len(splits)
+    assert len(lines) == 3
+    ends = [[end.end() for end in re.finditer(r"\S+(?= |$)", line)] for line in lines]
+    assert {len(line) for line in [header, *lines]} == {len(header)}
+    assert len(header) <= 80
+    assert ends[0][2:-2] == ends[1][2:-2] == ends[2][2:-2]
+    assert "4 ms" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0042, "4 ms"), (0.099, "99 ms"), (0.0999, "0.1 s"), (9.949, "9.9 s"), (9.96, "10 s"),
+     (599.4, "599 s"), (599.6, "10 min"), (86_400, "24.0 h")],
+)  # fmt: skip
+def test_a_time_is_said_in_few_characters(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_one_is_said_as_one(run, tmp_path):
+    _, output, _ = run("--workdir", tmp_path, *SMALL, "--epochs", 1)
+    assert "model   1 layer x 24" in output
+    assert "trained        1 epoch in " in output
+    assert output.index("compiling, ") < output.index("compiled in ")
+
+
+@pytest.mark.slow
+def test_a_run_in_64_bits_without_a_compiler_says_that_it_scans_and_can_go_on_in_32(
+    run, data_dir, tmp_path
+):
+    workdir = tmp_path / "run"
+    unusual = {"JAX_ENABLE_X64": "1", "CXX": "no-such", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    output, _ = start(data_dir, workdir, "--epochs", 1, **unusual).communicate()
+    assert output.count("scan (there is no C++ compiler") == 1
+    status, output, error = run("--workdir", workdir, "--epochs", 2)
+    assert (status, error) == (0, "")
+    environment = (workdir / "environment.jsonl").read_text()
+    starts = [json.loads(line) for line in environment.splitlines()]
+    assert starts[0]["implementation"].startswith("scan (there is no C++ compiler")
+    assert f", {starts[1]['implementation']}\n" in output
+    evaluation = read_eval(workdir)
+    output, _ = start(data_dir, workdir, "--eval-only", "--epochs", 2, **unusual).communicate()
+    assert read_eval(workdir)["params_sha256"] == evaluation["params_sha256"], output
+    assert read_eval(workdir)["correct"] == pytest.approx(evaluation["correct"], abs=2)
+
+
+@pytest.mark.slow
+def test_a_run_for_which_nothing_is_compiled_trains_slowly(data_dir, tmp_path):
+    flags = ["--epochs", 1, "--batch-size", 4000, "--hidden-size", 2, "--no-augment"]
+    output, _ = start(data_dir, tmp_path, *flags, JAX_DISABLE_JIT="1").communicate()
+    assert output.count("warning: JAX_DISABLE_JIT is set") == 1
+    assert read_eval(tmp_path)["step"] == 1, output
+
+
+def contents(folder):
+    """All that a folder holds, and when each file was last written."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.fixture(scope="module")
+def cut_off(data_dir, tmp_path_factory):
+    """The workdir of a run of four epochs that was cut off in its third one."""
+    workdir = tmp_path_factory.mktemp("cut_off") / "run"
+    places = ["--data-dir", str(data_dir), "--workdir", str(workdir)]
+    assert mnist_lstm.main([*places, *SMALL, "--epochs", "4", "--checkpoint-every", "5"]) == 0
+    checkpoints = workdir / "checkpoints"
+    for path in checkpoints.iterdir():  # 50, 55, 56
+        if path.name != "50":
+            shutil.rmtree(path)
+    return workdir
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize(
+    ("flags", "missing"),
+    [
+        ([], "eval.json"),
+        (["--eval-only"], "eval.json"),
+        (["--tensorboard"], "eval.json"),
+        (SMALL, "config.json"),
+        ([], "metrics.jsonl"),
+    ],
+)
+def test_fewer_epochs_are_refused_and_nothing_is_written(
+    run, cut_off, tmp_path, epochs, flags, missing
+):
+    """Whichever of its files still knows what the run has reached; also at the second try."""
+    workdir = shutil.copytree(cut_off, tmp_path / "run")
+    (workdir / missing).unlink()
+    before = contents(workdir)
+    for _ in range(2):
+        status, output, error = run("--workdir", workdir, "--epochs", epochs, *flags)
+        assert (status, output) == (2, "")
+        done = 3 if missing == "metrics.jsonl" else 4
+        message = f"error: --epochs is {epochs}, but the run in {workdir} has trained {done} of 4; "
+        assert error.startswith(message)
+        assert error.count("\n") == 1
+        assert contents(workdir) == before
 
 
 def test_a_workdir_of_another_run_is_refused_with_each_difference(run, tmp_path):

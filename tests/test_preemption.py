@@ -2,15 +2,17 @@
 
 import contextlib
 import random
+import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from small_runs import SMALL, finish, read_eval, read_lines, read_until, start, without_times
 
-from experiments.console import without_echoes
-from experiments.stopping import stop_requests
+from experiments.stopping import Stopped, StopRequests
 
 FLAGS = ["--epochs", "30", "--dropout", "0.1", "--checkpoint-every", "5"]
 
@@ -85,27 +87,64 @@ def test_a_second_ctrl_c_stops_at_once_and_loses_nothing_saved(data_dir, uninter
     assert_ended_alike(tmp_path, uninterrupted)
 
 
+def wait_until_it_listens(process):
+    """Wait until a process has a handler of SIGTERM, or has ended."""
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        caught = re.search(r"SigCgt:\s*(\w+)", status.read_text())
+        if caught and int(caught[1], 16) >> (signal.SIGTERM - 1) & 1:
+            return
+
+
+# Up to which line the run is let go on, and for how many seconds after it: the imports, the reading
+# of the data, the first state, compiling, the first step and training.
+MOMENTS = [
+    ("", 0.0), ("", 0.1), ("", 0.4), ("", 1.0), ("", 2.0), ("", 3.0),
+    ("data", 0.0), ("device", 0.0), ("device", 0.1), ("device", 0.3),
+    ("compiling", 0.0), ("compiling", 0.1), ("compiling", 0.2), ("compiling", 0.5),
+    ("compiling", 1.0), ("compiled", 0.0), ("compiled", 0.1), ("compiled", 0.3), ("epoch", 0.0),
+    ("epoch", 0.1),
+]  # fmt: skip
+
+
 @pytest.mark.slow
-def test_a_signal_before_training_ends_the_run_at_once(data_dir, tmp_path):
-    process = start(data_dir, tmp_path / "run", *FLAGS)
-    read_until(process, "device")
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert "Traceback" not in output
+@pytest.mark.skipif(sys.platform != "linux", reason="reads in /proc whether a process listens")
+def test_a_signal_at_any_of_twenty_moments_stops_the_run_in_one_line(
+    data_dir, uninterrupted, tmp_path
+):
+    def stop_at(number):
+        (beginning, seconds), is_twice = MOMENTS[number], number % 3 == 2
+        kind = (signal.SIGINT, signal.SIGTERM)[number % 2]
+        workdir = tmp_path / str(number)
+        is_compiled_before = beginning != "compiling"
+        process = start(
+            data_dir, workdir, "--epochs", "30", "--no-augment",
+            JAX_ENABLE_COMPILATION_CACHE=str(is_compiled_before).lower(),
+        )  # fmt: skip
+        wait_until_it_listens(process)
+        lines = read_until(process, beginning) if beginning else []
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=seconds)
+        for _ in range(1 + is_twice):
+            process.send_signal(kind)
+        output = "".join(lines) + process.communicate(timeout=100)[0]
+        what = f"{MOMENTS[number]}, {kind.name}: {process.returncode}\n{output}"
+        assert process.returncode == 128 + kind, what
+        assert "Traceback" not in output, what
+        stopped = [line for line in output.splitlines() if line.startswith("stopped by")]
+        assert len(stopped) == 1, what
+        assert stopped[0].startswith(f"stopped by {kind.name}"), what
+        is_saved = any(path.name.isdecimal() for path in workdir.glob("checkpoints/*"))
+        assert ("goes on from there" in stopped[0]) == is_saved, what
+
+    with ThreadPoolExecutor(4) as together:
+        list(together.map(stop_at, range(len(MOMENTS))))
 
 
-def test_a_signal_that_falls_into_a_destructor_still_stops_the_run(monkeypatch):
-    class Destroyed:
-        def __del__(self):
-            signal.raise_signal(signal.SIGTERM)
-
-    shown = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: shown.append(unraisable.object))
-    with stop_requests() as stop, without_echoes():
-        Destroyed()
-        assert stop.asked == signal.SIGTERM
-    assert not shown, "no traceback, since nothing is lost"
+def test_a_stop_that_was_deferred_comes_at_the_latest_at_the_end():
+    stop = StopRequests()
+    with pytest.raises(Stopped, match="SIGTERM"), stop.deferred():
+        stop.ask(signal.SIGTERM)
 
 
 def test_checkpoints_within_an_epoch_are_taken_by_steps_or_by_time(run, tmp_path):

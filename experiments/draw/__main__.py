@@ -10,6 +10,7 @@ phone, serve all machines of a network that you trust: --host 0.0.0.0
 import contextlib
 import dataclasses
 import logging
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -110,6 +111,7 @@ def serve(trained: RestoredRun, host: str, port: int, open_browser: bool) -> Non
             flush=True,
         )
     )
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):  # that is how it is meant to end
         ui.run(
             lambda: Page(trained).build(),

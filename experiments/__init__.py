@@ -1,1 +1,8 @@
 """Experiments that compose the library; each is run as `python -m experiments.NAME`."""
+
+import sys
+
+from experiments import streams
+
+if sys.argv[0] == "-m":  # while Python looks for the command's module, before its long imports
+    streams.open_missing()

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 
 from experiments import mnist_lstm, run_files
+from experiments.command import command
 from experiments.config import RecipeName
 from experiments.markdown import table
+from experiments.usage import read_flags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +39,10 @@ class Options:
     """Further flags of experiments.mnist_lstm, in one string: --flags="--epochs 5"."""
 
 
+@command()
 def main(argv: Sequence[str] | None = None) -> int:
     """Train with each seed and print the results; returns the exit status."""
-    options = tyro.cli(
-        Options, prog="python -m experiments.accuracy", description=__doc__, args=argv
-    )
+    options = read_flags(Options, argv, name="accuracy", description=__doc__)
     evaluations = []
     for seed in options.seeds:
         workdir = options.workdir / f"{options.recipe}-seed{seed}"

@@ -7,6 +7,7 @@ cores.
 """
 
 import dataclasses
+import itertools
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,19 +20,21 @@ import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
 
 from experiments import environment, from_config, loop, processes, run_files
+from experiments.command import command
 from experiments.config import Config, of_the_run, parse
 from experiments.console import print_summary, quiet_orbax, warn, without_echoes
 from experiments.loop import TrainingError
 from experiments.position import Position, Run, resume
 from experiments.run_files import RunFilesError
 from experiments.stopping import Stopped, StopRequests, stop_requests
-from experiments.usage import UsageError, check_fills_batch
+from experiments.usage import UsageError, check_fills_batch, command_line
 from lstm_flax import checkpoints, data, training
 from lstm_flax.checkpoints import CheckpointError
 from lstm_flax.data import DataError
 from lstm_flax.training import Keys
 
 
+@command()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the experiment from a command line; returns the exit status."""
     quiet_orbax()
@@ -169,8 +172,9 @@ def evaluate_result(run: Run, like: TrainState) -> None:
 def evaluation_command(config: Config) -> str:
     """The command that evaluates this checkpoint again."""
     places: dict[str, Any] = {"data-dir": config.data_dir, "step": config.step}
-    given = "".join(f" --{flag} {value}" for flag, value in places.items() if value is not None)
-    return f"python -m experiments.mnist_lstm --workdir {config.workdir} --eval-only{given}"
+    given = [(f"--{flag}", value) for flag, value in places.items() if value is not None]
+    flags = ["--workdir", config.workdir, "--eval-only", *itertools.chain(*given)]
+    return command_line("mnist_lstm", *flags)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,16 @@
 import dataclasses
 import importlib.util
 import math
+import os
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+Options = TypeVar("Options")
 
 DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "mnist5k"]
 """What can be learnt; auto is mnist, or mnist5k where mnist can't be had."""
@@ -37,6 +44,56 @@ def fail(error: Exception) -> int:
     """Say in one line why an experiment ends; returns its exit status."""
     print(f"error: {error}", file=sys.stderr)
     return 2
+
+
+def read_flags(
+    flags: type[Options], argv: Sequence[str] | None, *, name: str, **how: Any
+) -> Options:
+    """Read a command line into a dataclass of flags.
+
+    A `~` at the start of a path is the home; a shell makes it that in `--workdir ~/run`, but not in
+    `--workdir=~/run`.
+
+    Args:
+        flags: the dataclass.
+        argv: the command line, without the command itself; None is this process's.
+        name: of the experiment.
+        how: further arguments of `tyro.cli`.
+
+    Raises:
+        SystemExit: a flag is unknown or not of its type (status 2), or `--help` (status 0).
+    """
+    options = tyro.cli(flags, prog=f"python -m experiments.{name}", args=argv, **how)
+    values = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+    expanded = {key: _with_home(value) for key, value in values.items()}
+    return dataclasses.replace(options, **expanded)
+
+
+def _with_home(value: Any) -> Any:
+    match value:
+        case Path():
+            return Path(os.path.expanduser(value))  # stays as it is where there is no home
+        case tuple():
+            return tuple(map(_with_home, value))
+    return value
+
+
+def command_line(name: str, *arguments: object) -> str:
+    """The command of an experiment, to be pasted into any shell, in any folder.
+
+    Args:
+        name: of the experiment.
+        arguments: flags and their values; paths become absolute.
+    """
+    written = [str(part.absolute() if isinstance(part, Path) else part) for part in arguments]
+    return shlex.join([sys.executable or "python", "-m", f"experiments.{name}", *written])
+
+
+def install_command(extra: str) -> str:
+    """The command that installs an extra of this project, likewise."""
+    root = Path(__file__).absolute().parents[1]
+    python = sys.executable or "python"
+    return shlex.join([python, "-m", "pip", "install", "-e", f"{root}[{extra}]"])
 
 
 def check(options: Any, name: str, holds: bool, must_be: str) -> None:
@@ -94,7 +151,7 @@ def check_packages(extra: str, *packages: str, what: str = "this") -> None:
         UsageError: one is missing.
     """
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        raise UsageError(f'{what} needs {" and ".join(missing)}: pip install -e ".[{extra}]"')
+        raise UsageError(f"{what} needs {' and '.join(missing)}: {install_command(extra)}")
 
 
 def make_folder(path: Path, flag: str) -> Path:

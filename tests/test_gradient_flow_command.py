@@ -6,6 +6,7 @@ import pytest
 from printed import read_csv, table_rows
 
 from experiments.gradient_flow.__main__ import main
+from experiments.usage import install_command
 
 SMALL = [
     "--hidden-size", "4", "--images", "20", "--test-images", "10", "--batch-size", "10",
@@ -61,5 +62,5 @@ def test_what_can_not_be_read_or_written_is_said_in_one_line(
 def test_without_matplotlib_it_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main([]) == 2
-    error = 'error: this needs matplotlib: pip install -e ".[figures]"\n'
+    error = f"error: this needs matplotlib: {install_command('figures')}\n"
     assert capsys.readouterr().err == error

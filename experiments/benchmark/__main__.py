@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
 from tqdm import tqdm
 
 from experiments.benchmark import job as jobs
@@ -24,13 +23,14 @@ from experiments.benchmark import report
 from experiments.benchmark.cases import QUICK, STAR, Case, parse_case
 from experiments.benchmark.measure import MODES, Settings, measure
 from experiments.benchmark.peers import OURS, PEERS
+from experiments.command import command
 from experiments.usage import (
     DatasetName,
     UsageError,
     check_at_least,
     check_packages,
     check_positive,
-    fail,
+    read_flags,
 )
 
 
@@ -72,16 +72,12 @@ class Options:
     """Draw the ratios into this file, such as ratios.png; needs matplotlib."""
 
 
+@command(jobs.JobError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark from a command line; returns the exit status."""
-    options = tyro.cli(
-        Options, prog="python -m experiments.benchmark", description=__doc__, args=argv
-    )
-    try:
-        check(options)
-        run_job(options) if options.job else run_cases(options)
-    except (UsageError, jobs.JobError) as error:
-        return fail(error)
+    options = read_flags(Options, argv, name="benchmark", description=__doc__)
+    check(options)
+    run_job(options) if options.job else run_cases(options)
     return 0
 
 

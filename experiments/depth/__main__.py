@@ -18,10 +18,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
 from tqdm import tqdm
 
 from experiments import markdown
+from experiments.command import command
 from experiments.depth.measure import Row, first_of_each_class, step_seconds, t_interval
 from experiments.depth.parameters import KINDS, count, formula, make_model, total
 from experiments.short_training import Recipe, accuracy, on_device, train
@@ -32,8 +32,8 @@ from experiments.usage import (
     check_fills_batch,
     check_packages,
     check_positive,
-    fail,
     make_folder,
+    read_flags,
 )
 from lstm_flax import data, training
 from lstm_flax.data import DataError
@@ -64,14 +64,12 @@ class Options(DataFlags):
     """Folder of the figures."""
 
 
+@command(DataError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison from a command line; returns the exit status."""
-    options = tyro.cli(Options, prog="python -m experiments.depth", description=__doc__, args=argv)
-    try:
-        check(options)
-        run(options)
-    except (UsageError, DataError) as error:
-        return fail(error)
+    options = read_flags(Options, argv, name="depth", description=__doc__)
+    check(options)
+    run(options)
     return 0
 
 

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 from experiments import markdown
+from experiments.command import command
 from experiments.gradient_flow.clipping import CLIP_NORM, Trace, trace, watched_descent
 from experiments.gradient_flow.flow import Flow, before_and_after
 from experiments.gradient_flow.memory import BLANK_ROWS, accuracies
@@ -37,13 +37,12 @@ from experiments.gradient_flow.models import all_variants, as_pixels, as_rows, r
 from experiments.short_training import Recipe
 from experiments.usage import (
     DataFlags,
-    UsageError,
     check_at_least,
     check_fills_batch,
     check_packages,
     check_positive,
-    fail,
     make_folder,
+    read_flags,
 )
 from lstm_flax import Keys, data
 from lstm_flax.data import DataError, Split
@@ -83,16 +82,12 @@ class Options(DataFlags):
     """Of parameters and order of the images; the first one of the part memory."""
 
 
+@command(DataError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts from a command line; returns the exit status."""
-    options = tyro.cli(
-        Options, prog="python -m experiments.gradient_flow", description=__doc__, args=argv
-    )
-    try:
-        check(options)
-        run(options)
-    except (UsageError, DataError) as error:
-        return fail(error)
+    options = read_flags(Options, argv, name="gradient_flow", description=__doc__)
+    check(options)
+    run(options)
     return 0
 
 

@@ -14,8 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
-
+from experiments.command import command
 from experiments.read_digit.reading import (
     find_mistakes,
     gates_by_row,
@@ -32,6 +31,7 @@ from experiments.usage import (
     check_packages,
     fail,
     make_folder,
+    read_flags,
 )
 from lstm_flax import data
 from lstm_flax.checkpoints import CheckpointError
@@ -52,11 +52,10 @@ class Options(DataPlaces):
     """Folder of the figures; None is the folder figures in the workdir."""
 
 
+@command()
 def main(argv: Sequence[str] | None = None) -> int:
     """Read a digit from a command line; returns the exit status."""
-    options = tyro.cli(
-        Options, prog="python -m experiments.read_digit", description=__doc__, args=argv
-    )
+    options = read_flags(Options, argv, name="read_digit", description=__doc__)
     try:
         check(options)
         run(options)

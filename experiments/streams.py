@@ -1,0 +1,48 @@
+"""The standard streams, however a command finds them; this imports little, to come before all else.
+
+A shell may have closed one (`2>&-`), its encoding may lack characters, and who reads it may be gone
+(`| head -1`).
+"""
+
+import io
+import os
+import sys
+
+
+def open_missing() -> None:
+    """Open to nowhere what is closed, or the next file that is opened would stand in its place.
+
+    What a library writes to stderr would then go into that file.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it takes the lowest number that is free
+        if getattr(sys, name) is None:
+            stream = open(number, "w" if number else "r", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+
+
+def replace_unencodable() -> None:
+    """Let characters that the encoding lacks come out as `?`, in place of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def flush() -> None:
+    """Write out what waits in both, while an error can still be dealt with."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+
+
+def silence() -> None:
+    """Let what is written from now on, at Python's end too, go nowhere, where a reader is gone."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)

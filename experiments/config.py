@@ -12,6 +12,7 @@ import tyro
 from experiments import run_files
 from experiments.run_files import RunFilesError
 from experiments.usage import (
+    MOST_SEED,
     DatasetName,
     UsageError,
     check,
@@ -233,7 +234,7 @@ def _bounds(config: Config) -> Iterator[tuple[str, bool, str]]:
         ("batch_size", 1, 1_000_000),
         ("hidden_size", 1, 16_384),
         ("num_layers", 1, 100),
-        ("seed", 0, 2**32 - 1),  # of NumPy's generators
+        ("seed", 0, MOST_SEED),
         ("validation_size", 0, math.inf),
     ):
         value = getattr(config, name)

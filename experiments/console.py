@@ -12,6 +12,7 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 
 from experiments.stopping import Stopped
+from experiments.usage import counted
 
 
 def warn(message: str) -> None:
@@ -73,21 +74,38 @@ class Progress:
 
     def epoch(self, record: dict[str, Any], epochs: int) -> None:
         """Print an epoch's line."""
-        parts = [
+        self._bar.write(epoch_line(record, epochs))
+
+
+def epoch_line(record: dict[str, Any], epochs: int) -> str:
+    """An epoch's record in 80 columns, which stay where they are from epoch to epoch.
+
+    Where images are held out there is room for the accuracies on all three splits, without losses.
+    """
+    steps = record["step"] // record["epoch"] * epochs
+    splits = [name for name in ("train", "validation", "test") if f"{name}_loss" in record]
+    shown = {"validation": "held out"}
+    return "  ".join(
+        [
             f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}",
-            f"step {record['step']}",
-            f"train {record['train_loss']:.4f} {record['train_accuracy']:7.2%}",
+            f"step {record['step']:>{len(str(steps))}}",
+            *(
+                shown.get(name, name)
+                + (f" {record[f'{name}_loss']:.4f}" if len(splits) < 3 else "")
+                + f" {record[f'{name}_accuracy']:6.2%}"
+                for name in splits
+            ),
+            f"{record['images_per_second']:,.0f} img/s",
         ]
-        if "validation_accuracy" in record:
-            parts.append(
-                f"validation {record['validation_loss']:.4f} {record['validation_accuracy']:7.2%}"
-            )
-        parts += [
-            f"test {record['test_loss']:.4f} {record['test_accuracy']:7.2%}",
-            f"{record['images_per_second']:,.0f} images/s",
-            f"{record['seconds']:.0f} s",
-        ]
-        self._bar.write("  ".join(parts))
+    )
+
+
+def duration(seconds: float) -> str:
+    """So many seconds as a person says it."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
@@ -116,9 +134,9 @@ def print_summary(
         checkpoint: what was evaluated.
         command: how to evaluate it again.
     """
-    minutes, seconds = divmod(round(sum(record["seconds"] for record in records)), 60)
+    seconds = sum(record["seconds"] for record in records)
     print()
     print(f"test accuracy  {accuracy_line(evaluation['correct'], evaluation['total'])}")
-    print(f"trained        {len(records)} epochs in {minutes} min {seconds} s")
+    print(f"trained        {counted(len(records), 'epoch')} in {duration(seconds)}")
     print(f"checkpoint     {checkpoint}")
     print(f"evaluate it    {command}")

@@ -27,7 +27,7 @@ from experiments.loop import TrainingError
 from experiments.position import Position, Run, resume
 from experiments.run_files import RunFilesError
 from experiments.stopping import Stopped, StopRequests, stop_requests
-from experiments.usage import UsageError, check_fills_batch, command_line
+from experiments.usage import UsageError, check_fills_batch, command_line, counted
 from lstm_flax import checkpoints, data, training
 from lstm_flax.checkpoints import CheckpointError
 from lstm_flax.data import DataError
@@ -111,7 +111,7 @@ def describe(run: Run, state: TrainState) -> None:
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     print(f"data    {config.dataset}: {images} images")
     print(
-        f"model   {config.num_layers} layers x {config.hidden_size}, "
+        f"model   {counted(config.num_layers, 'layer')} x {config.hidden_size}, "
         f"{parameters:,} parameters, {config.precision} products"
     )
     print(f"device  {environment.device_name()}")

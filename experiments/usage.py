@@ -36,6 +36,10 @@ class DataFlags(DataPlaces):
     """What to learn; auto is mnist, or mnist5k where mnist can't be had."""
 
 
+MOST_SEED = 2**32 - 1
+"""What NumPy's generators take."""
+
+
 class UsageError(Exception):
     """What was asked for can't be done; the message names the flag, and says what to do."""
 
@@ -91,9 +95,12 @@ def command_line(name: str, *arguments: object) -> str:
 
 def install_command(extra: str) -> str:
     """The command that installs an extra of this project, likewise."""
-    root = Path(__file__).absolute().parents[1]
-    python = sys.executable or "python"
-    return shlex.join([python, "-m", "pip", "install", "-e", f"{root}[{extra}]"])
+    return pip_install("-e", f"{Path(__file__).absolute().parents[1]}[{extra}]")
+
+
+def pip_install(*what: str) -> str:
+    """The command that installs packages beside those in use, likewise."""
+    return shlex.join([sys.executable or "python", "-m", "pip", "install", *what])
 
 
 def check(options: Any, name: str, holds: bool, must_be: str) -> None:
@@ -127,6 +134,31 @@ def check_positive(options: Any, *names: str) -> None:
         check(options, name, 0 < getattr(options, name) < math.inf, "a positive number")
 
 
+def check_seeds(seeds: Sequence[int], least: int = 1) -> None:
+    """Check what `--seeds` lists.
+
+    Raises:
+        UsageError: there are too few, one comes twice, or one is out of bounds.
+    """
+    differ = len(set(seeds)) == len(seeds)
+    if len(seeds) < least or not differ or not all(0 <= seed <= MOST_SEED for seed in seeds):
+        given = " ".join(map(str, seeds)) or "empty"
+        raise UsageError(
+            f"--seeds must be at least {counted(least, 'number')} from 0 to {MOST_SEED}, each "
+            f"another one, but is {given}"
+        )
+
+
+def counted(number: int, noun: str) -> str:
+    """So many of something: `1 epoch`, `2 epochs`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def tell(doing: str) -> None:
+    """Say what the command does now, before a time in which it says nothing."""
+    print(f"{doing} ...", file=sys.stderr, flush=True)
+
+
 def check_fills_batch(batch_size: int, images: int) -> None:
     """Check that there are training images for a batch.
 
@@ -135,7 +167,7 @@ def check_fills_batch(batch_size: int, images: int) -> None:
     """
     if batch_size > images:
         raise UsageError(
-            f"--batch-size is {batch_size}, but there are only {images} training images"
+            f"--batch-size is {batch_size}, but there are only {counted(images, 'training image')}"
         )
 
 

@@ -30,7 +30,10 @@ from experiments.usage import (
     check_at_least,
     check_packages,
     check_positive,
+    counted,
+    pip_install,
     read_flags,
+    tell,
 )
 
 
@@ -124,7 +127,10 @@ def run_cases(options: Options) -> None:
     """Measure, print, write and draw."""
     cases, peers = chosen_cases(options), chosen_peers(options)
     settings = Settings(options.rounds, options.seconds, options.memory)
-    with tqdm(total=len(cases) * len(MODES), unit=" cases") as bar:
+    tell(
+        f"measuring {counted(len(cases), 'case')}, each {' and '.join(MODES)}, of {counted(len(peers), 'peer')}"
+    )
+    with tqdm(total=len(cases) * len(MODES), unit=" cases", disable=None) as bar:
 
         def advance(done: str) -> None:
             bar.set_postfix_str(done, refresh=False)
@@ -142,7 +148,9 @@ def run_job(options: Options) -> None:
     with_torch = importlib.util.find_spec("torch") is not None
     with tempfile.TemporaryDirectory() as scratch:
         job = prepare_job(options, Path(scratch))
-        with tqdm(total=jobs.turns(job, with_torch), unit=" runs") as bar:
+        turns = jobs.turns(job, with_torch)
+        tell(f"running {counted(turns, 'job')}")
+        with tqdm(total=turns, unit=" runs", disable=None) as bar:
 
             def advance(done: str) -> None:
                 bar.set_postfix_str(done, refresh=False)
@@ -151,7 +159,7 @@ def run_job(options: Options) -> None:
             results = jobs.run(job, with_torch, advance)
     print(jobs.job_table(results, job))
     if not with_torch:
-        print("- torch: not installed: pip install torch")
+        print(f"- torch: not installed: {pip_install('torch')}")
     values = {
         side: {
             "starts": [start._asdict() for start in result["starts"]],

@@ -112,7 +112,9 @@ def show_mistakes(trained: RestoredRun, test: Split, at_most: int, folder: Path)
     from experiments.read_digit import figures  # it needs matplotlib
 
     mistakes = find_mistakes(classify(trained, test.images), test.labels)
-    summary = f"{len(mistakes.image):,} of {len(test.labels):,} test images are read wrongly"
+    wrong = len(mistakes.image)
+    are = "is" if wrong == 1 else "are"
+    summary = f"{wrong:,} of {len(test.labels):,} test images {are} read wrongly"
     print(f"\n{summary}")
     if not mistakes.image.size:
         return []

@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"there is no experiment {arguments[0]}; there are: {names}")
         sys.argv[1:] = arguments[1:]
         runpy.run_module(name, run_name="__main__", alter_sys=True)
+        return 0
     width = max(map(len, found))
     for experiment, line in found.items():
         print(f"python -m {experiment:{width}}  {line}")

@@ -95,12 +95,8 @@ def command_line(name: str, *arguments: object) -> str:
 
 def install_command(extra: str) -> str:
     """The command that installs an extra of this project, likewise."""
-    return pip_install("-e", f"{Path(__file__).absolute().parents[1]}[{extra}]")
-
-
-def pip_install(*what: str) -> str:
-    """The command that installs packages beside those in use, likewise."""
-    return shlex.join([sys.executable or "python", "-m", "pip", "install", *what])
+    project = f"{Path(__file__).absolute().parents[1]}[{extra}]"
+    return shlex.join([sys.executable or "python", "-m", "pip", "install", "-e", project])
 
 
 def check(options: Any, name: str, holds: bool, must_be: str) -> None:

@@ -103,7 +103,7 @@ def test_timing_a_step_leaves_the_state_to_be_trained():
 @pytest.mark.slow
 def test_the_command_reports_what_it_measured(data_dir, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    sizes = ["--layers", 1, "--hidden-size", 8, "--epochs", 1, "--seeds", 2, "--rounds", 2]
+    sizes = ["--layers", 1, "--hidden-size", 8, "--epochs", 1, "--seeds", 0, 1, "--rounds", 2]
     amount = ["--train-images", 200, "--batch-size", 100, "--dataset", "mnist5k"]
     places = ["--data-dir", data_dir, "--figures", tmp_path / "figures"]
     assert main([*map(str, [*sizes, *amount, *places])]) == 0

@@ -127,9 +127,7 @@ def run_cases(options: Options) -> None:
     """Measure, print, write and draw."""
     cases, peers = chosen_cases(options), chosen_peers(options)
     settings = Settings(options.rounds, options.seconds, options.memory)
-    tell(
-        f"measuring {counted(len(cases), 'case')}, each {' and '.join(MODES)}, of {counted(len(peers), 'peer')}"
-    )
+    tell(f"measuring {counted(len(cases), 'case')} with {counted(len(peers), 'peer')}")
     with tqdm(total=len(cases) * len(MODES), unit=" cases", disable=None) as bar:
 
         def advance(done: str) -> None:

@@ -24,6 +24,7 @@ from experiments.command import command
 from experiments.config import RecipeName
 from experiments.markdown import table
 from experiments.usage import UsageError, check_seeds, read_flags
+from experiments.whole_files import replacing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluation = json.loads(run_files.eval_path(workdir).read_text())
         evaluations.append({"seed": seed} | evaluation)
     path = options.workdir / f"{options.recipe}.csv"
-    with path.open("w", newline="") as file:
+    with replacing(path) as table_file, table_file.open("w", newline="") as file:
         writer = csv.DictWriter(file, evaluations[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(evaluations)

@@ -20,6 +20,9 @@ from experiments.usage import (
     read_flags,
 )
 
+MOST_WEIGHTS = 10**9
+"""Between hidden units; training them takes three times as many floats, 12 GB."""
+
 LARGEST = sys.float_info.max
 """An integer may be larger, and then is no float."""
 
@@ -240,6 +243,8 @@ def _bounds(config: Config) -> Iterator[tuple[str, bool, str]]:
         value = getattr(config, name)
         must_be = f"at least {lowest}" if value < lowest else f"at most {highest}"
         yield name, lowest <= value <= highest, must_be
+    weights = 8 * config.hidden_size**2 * config.num_layers
+    yield "hidden_size", weights <= MOST_WEIGHTS, f"less with {config.num_layers} layers"
     for name in ("learning_rate", "clip_norm"):
         yield name, 0 < getattr(config, name) <= LARGEST, "a positive number"
     for name in ("weight_decay", "elastic"):

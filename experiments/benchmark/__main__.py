@@ -21,7 +21,7 @@ from tqdm import tqdm
 from experiments.benchmark import job as jobs
 from experiments.benchmark import report
 from experiments.benchmark.cases import QUICK, STAR, Case, parse_case
-from experiments.benchmark.measure import MODES, Settings, measure
+from experiments.benchmark.measure import MODES, PeerError, Settings, measure
 from experiments.benchmark.peers import OURS, PEERS
 from experiments.command import command
 from experiments.usage import (
@@ -31,10 +31,10 @@ from experiments.usage import (
     check_packages,
     check_positive,
     counted,
-    pip_install,
     read_flags,
     tell,
 )
+from experiments.whole_files import replacing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Options:
     """Draw the ratios into this file, such as ratios.png; needs matplotlib."""
 
 
-@command(jobs.JobError)
+@command(jobs.JobError, PeerError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark from a command line; returns the exit status."""
     options = read_flags(Options, argv, name="benchmark", description=__doc__)
@@ -157,7 +157,7 @@ def run_job(options: Options) -> None:
             results = jobs.run(job, with_torch, advance)
     print(jobs.job_table(results, job))
     if not with_torch:
-        print(f"- torch: not installed: {pip_install('torch')}")
+        print("- torch: not installed: pip install torch")
     values = {
         side: {
             "starts": [start._asdict() for start in result["starts"]],
@@ -202,7 +202,8 @@ def write_json(options: Options, values: dict[str, Any]) -> None:
         # Folders are the machine's own affair.
         settings = {name: value for name, value in flags.items() if not isinstance(value, Path)}
         everything = {"environment": report.environment(), "settings": settings, **values}
-        options.json.write_text(json.dumps(everything, indent=1) + "\n")
+        with replacing(options.json) as file:
+            file.write_text(json.dumps(everything, indent=1) + "\n")
 
 
 if __name__ == "__main__":

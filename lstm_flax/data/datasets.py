@@ -39,11 +39,16 @@ class Split(NamedTuple):
         return {"image": self.images, "label": self.labels}
 
 
+def say_at_once(line: str) -> None:
+    """Print a line before what takes time, into a pipe too."""
+    print(line, flush=True)
+
+
 def prepare(
     name: str,
     data_dir: Path | None = None,
     manual_dir: Path | None = None,
-    tell: Callable[[str], None] = print,
+    tell: Callable[[str], None] = say_at_once,
 ) -> tfds.core.DatasetBuilder:
     """Return the builder of a dataset, prepared: at once where it already is.
 

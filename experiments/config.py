@@ -186,8 +186,6 @@ def stored_config(config: Config) -> Config | None:
     if stored is None:
         return None
     path = run_files.config_path(config.workdir)
-    if not isinstance(stored, dict):
-        raise RunFilesError(f"{path} holds no JSON object; move it away, and give the run's flags")
     kinds = {name: get_type_hints(Config)[name] for name in of_the_run(config)}
     for name, value in stored.items():
         if name not in kinds:

@@ -84,7 +84,7 @@ def epoch_line(record: dict[str, Any], epochs: int) -> str:
     """
     steps = record["step"] // record["epoch"] * epochs
     splits = [name for name in ("train", "validation", "test") if f"{name}_loss" in record]
-    shown = {"validation": "held out"}
+    shown = {"validation": "val"}
     return "  ".join(
         [
             f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}",

@@ -43,6 +43,7 @@ def train(run: Run, position: Position, stop: StopRequests) -> None:
     """
     config, images = run.config, len(run.datasets["train"]["label"])
     started = time.perf_counter()
+    print("compiling ...", flush=True)
     take_steps = compile_train_steps(run, position)
     print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
 

@@ -58,10 +58,13 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
     """
     path = config_path(workdir)
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("it holds no JSON object")
+        return values
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last: too deep
         raise RunFilesError(
             f"{path} can't be read ({error}); move it away and give the run's own flags"
         ) from error

@@ -33,6 +33,10 @@ def test_the_command_draws_and_prints_a_part(tmp_path, data_dir, capsys):
     [
         (["--epochs", "0"], "--epochs must be at least 1, but is 0"),
         (["--seed", "-1"], "--seed must be at least 0, but is -1"),
+        (
+            ["--seeds", "1", "1"],
+            "--seeds must be at least 1 number from 0 to 4294967295, each another one, but is 1 1",
+        ),
         (["--learning-rate", "nan"], "--learning-rate must be a positive number, but is nan"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 from small_runs import SMALL, command, read_eval, read_lines
 
 from experiments import mnist_lstm
+from experiments.console import duration, epoch_line
 
 
 def test_train_evaluate_and_run_again(run, tmp_path):
@@ -155,7 +156,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_what_was_saved(run, 
         (["--dropout", "1"], "--dropout must be at least 0 and less than 1"),
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--validation-size", "-1"], "--validation-size must be at least 0"),
-        (["--validation-size", "3999"], "--validation-size 3999"),
+        (["--validation-size", "4000"], "of 4000 training images 10 to 3990 can be held out"),
+        (["--seed", str(2**32)], "--seed must be at most 4294967295"),
+        (["--hidden-size", "16385"], "--hidden-size must be at most 16384"),
         (["--checkpoint-every", "1m"], "--checkpoint-every must be steps, as in 500, or seconds"),
         (["--checkpoint-every", "-5"], "--checkpoint-every must be steps"),
         (["--checkpoint-every", "nans"], "--checkpoint-every must be steps"),
@@ -194,6 +197,38 @@ def test_help_gives_every_flag(run):
     assert status == 0
     for flag in ("--workdir", "--dataset", "--validation-size", "--precision", "--eval-only"):
         assert flag in output
+
+
+def test_help_gives_the_recipes_own_defaults(run):
+    for flags in (["--recipe", "best", "--help"], ["--help", "--epochs", 5, "--recipe=best"]):
+        status, output, _ = run(*flags)
+        assert status == 0
+        assert "(default: 20)" in output
+    assert "(default: 20)" not in run("--help")[1]
+
+
+@pytest.mark.parametrize("has_held_out", [False, True])
+def test_an_epochs_line_fits_a_narrow_terminal_and_its_columns_stay(has_held_out):
+    splits = ["train", "test", *["validation"][:has_held_out]]
+
+    def line(epoch, rate):
+        record = {"epoch": epoch, "step": 469 * epoch, "images_per_second": rate}
+        record |= {f"{name}_loss": 2.3456 / epoch for name in splits}
+        return epoch_line(record | {f"{name}_accuracy": 0.99123 for name in splits}, 20)
+
+    first, last = line(1, 712.3), line(20, 123456.0)
+    assert len(last) <= 80
+    assert [at for at, c in enumerate(first) if c == "%"] == [
+        at for at, c in enumerate(last) if c == "%"
+    ]
+    assert last.startswith("epoch 20/20  step 9380  train ")
+    assert last.endswith("  test 99.12%  123,456 img/s" if has_held_out else "%  123,456 img/s")
+
+
+def test_durations_are_said_as_people_do():
+    assert [duration(s) for s in (0.34, 12.6, 59.7, 1000)] == [
+        "0.3 s", "13 s", "1 min 0 s", "16 min 40 s",
+    ]  # fmt: skip
 
 
 def test_the_library_trains_without_tfds():

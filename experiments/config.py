@@ -231,7 +231,7 @@ def of_the_run(config: Config) -> dict[str, int | float | str | bool]:
 def _bounds(config: Config) -> Iterator[tuple[str, bool, str]]:
     """The bounds of what makes a run: the flag's name, whether they hold, what it must be."""
     for name, lowest, highest in (
-        ("epochs", 1, 100_000),
+        ("epochs", 1, 10_000),
         ("batch_size", 1, 1_000_000),
         ("hidden_size", 1, 16_384),
         ("num_layers", 1, 100),

@@ -163,6 +163,17 @@ def test_a_config_that_is_no_json(run, tmp_path, content):
     refused(run("--workdir", tmp_path, "--eval-only"), f"{tmp_path}/config.json can't be read")
 
 
+@pytest.mark.parametrize("name", ["config.json", "environment.jsonl"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_pipe_or_a_device_in_place_of_a_file_is_not_read(run, workdir, name, make):
+    (workdir / name).unlink()
+    make(workdir / name)
+    if name == "config.json":
+        refused(run("--workdir", workdir), f"{workdir}/config.json can't be read (")
+    else:
+        assert run_files.read_lines(workdir / name) == []
+
+
 def test_metrics_that_were_harmed_are_written_anew_from_the_checkpoint(run, finished, workdir):
     (workdir / "metrics.jsonl").write_text('{"epoch": 1, "st')
     assert run("--workdir", workdir)[0] == 0

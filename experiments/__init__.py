@@ -6,3 +6,4 @@ from experiments import streams
 
 if sys.argv[0] == "-m":  # while Python looks for the command's module, before its long imports
     streams.open_missing()
+    streams.outlive_terminal()

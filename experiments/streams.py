@@ -4,6 +4,7 @@ A shell may have closed one (`2>&-`), its encoding may lack characters, and who 
 (`| head -1`).
 """
 
+import errno
 import io
 import os
 import sys
@@ -29,6 +30,31 @@ def replace_unencodable() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+class _Terminal(io.FileIO):
+    """A terminal that may go away; what is written to it from then on is lost, and nothing else."""
+
+    def write(self, content, /) -> int:
+        """Write bytes, as `io.FileIO.write`."""
+        try:
+            return super().write(content)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return len(content)
+
+
+def outlive_terminal() -> None:
+    """Let the command go on where its terminal is closed, as under `nohup` or `setsid`."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        buffer = getattr(stream, "buffer", None)
+        raw = getattr(buffer, "raw", buffer)  # without a buffer under PYTHONUNBUFFERED
+        if isinstance(raw, io.FileIO) and stream.isatty():
+            lasting = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
+            text = io.TextIOWrapper(lasting, stream.encoding, "replace", line_buffering=True)
+            setattr(sys, name, text)
 
 
 def flush() -> None:

@@ -5,6 +5,7 @@ import errno
 import importlib
 import io
 import os
+import pty
 import resource
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from small_runs import SMALL
+from small_runs import command as command_of_small_run
 
 from experiments import mnist_lstm
 from experiments.__main__ import list_experiments
@@ -151,6 +153,18 @@ def test_a_closed_stream(start, trained, data_dir, closed):
     else:
         assert ended.returncode == 0
         assert written.stat().st_mtime_ns > before
+
+
+@pytest.mark.slow
+def test_training_goes_on_when_its_terminal_is_closed(data_dir, tmp_path):
+    master, slave = pty.openpty()
+    argv = command_of_small_run(data_dir, tmp_path / "run", "--epochs", 2)
+    process = subprocess.Popen(argv, stdout=slave, stderr=slave, start_new_session=True)
+    os.close(slave)
+    os.read(master, 10)
+    os.close(master)
+    assert process.wait() == 0
+    assert (tmp_path / "run" / "eval.json").exists()
 
 
 @pytest.mark.slow

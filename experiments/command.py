@@ -36,8 +36,9 @@ def command(*refusals: type[Exception]) -> Callable[[Main], Main]:
             try:
                 return _in_one_line(main, argv, (UsageError, *refusals))
             except BrokenPipeError:
-                streams.silence()
                 return 128 + signal.SIGPIPE
+            finally:
+                streams.silence()  # else what waits would be an error at Python's own end
 
         return run
 

@@ -4,6 +4,7 @@ A shell may have closed one (`2>&-`), its encoding may lack characters, and who 
 (`| head -1`).
 """
 
+import contextlib
 import errno
 import io
 import os
@@ -64,11 +65,10 @@ def flush() -> None:
 
 
 def silence() -> None:
-    """Let what is written from now on, at Python's end too, go nowhere, where a reader is gone."""
+    """Let what a stream can't take, now and at Python's end, go nowhere."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
+            with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())

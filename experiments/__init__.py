@@ -2,7 +2,9 @@
 
 import sys
 
-from experiments import stopping
+from experiments import stopping, streams
 
 if sys.argv[:1] == ["-m"]:  # while Python looks for the command's module, before its long imports
+    streams.open_missing()
+    streams.outlive_terminal()
     stopping.REQUESTS.listen()

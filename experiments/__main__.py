@@ -1,11 +1,16 @@
-"""List the experiments: `python -m experiments`."""
+"""List the experiments, `python -m experiments`, or run one, `python -m experiments NAME ...`."""
 
 import ast
 import pkgutil
+import runpy
+import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import experiments
+from experiments.command import command
+from experiments.usage import UsageError
 
 
 def list_experiments() -> dict[str, str]:
@@ -22,9 +27,25 @@ def list_experiments() -> dict[str, str]:
     return found
 
 
-if __name__ == "__main__":
-    experiments_found = list_experiments()
-    width = max(map(len, experiments_found))
-    for experiment, line in experiments_found.items():
+@command()
+def main(argv: Sequence[str] | None = None) -> int:
+    """List the experiments, or run the one that is named; returns the exit status."""
+    arguments = sys.argv[1:] if argv is None else [*argv]
+    found = list_experiments()
+    if arguments and arguments[0] not in ("-h", "--help"):
+        name = f"experiments.{arguments[0].removeprefix('experiments.')}"
+        if name not in found:
+            names = ", ".join(each.removeprefix("experiments.") for each in found)
+            raise UsageError(f"there is no experiment {arguments[0]}; there are: {names}")
+        sys.argv[1:] = arguments[1:]
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+        return 0
+    width = max(map(len, found))
+    for experiment, line in found.items():
         print(f"python -m {experiment:{width}}  {line}")
     print("\nEach explains its flags with --help.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,21 +3,29 @@
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
 from experiments import run_files
+from experiments.run_files import RunFilesError
 from experiments.usage import (
+    MOST_SEED,
     DatasetName,
     UsageError,
     check,
-    check_at_least,
     check_packages,
-    check_positive,
+    read_flags,
 )
+
+MOST_WEIGHTS = 10**9
+"""Between hidden units; training them takes three times as many floats, 12 GB."""
+
+LARGEST = sys.float_info.max
+"""An integer may be larger, and then is no float."""
 
 RecipeName = Literal["standard", "fast", "best"]
 """Of `RECIPES`."""
@@ -130,24 +138,17 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         UsageError: a value is out of bounds, or differs from the run's in the workdir.
         SystemExit: a flag is unknown or not of its type (status 2), or `--help` (status 0).
     """
-    description = "Train a stack of LSTM layers to read MNIST digits row by row."
-    prog = "python -m experiments.mnist_lstm"
-    config = tyro.cli(Config, prog=prog, description=description, args=argv)
-    recipe = Config(recipe=config.recipe, **RECIPES[config.recipe])
-    config = tyro.cli(Config, prog=prog, args=argv, default=recipe)
-    _check_bounds(config)
+    argv = sys.argv[1:] if argv is None else argv
+    config = _read(argv, _recipe(argv))
+    _check_flags(config)
     if config.tensorboard:
         check_packages("tensorboard", "tensorboardX", what="--tensorboard")
-    stored = run_files.read_config(config.workdir)
-    if stored is None:
+    run = stored_config(config)
+    if run is None:
         if config.eval_only:
             raise UsageError(f"--eval-only: there is no run in {config.workdir}")
         return config
-    try:
-        run = dataclasses.replace(config, **stored)
-    except TypeError as error:
-        raise UsageError(f"{run_files.config_path(config.workdir)}: {error}") from error
-    config = tyro.cli(Config, prog=prog, args=argv, default=run)
+    config = _read(argv, run)
     if config.dataset == "auto":
         config = dataclasses.replace(config, dataset=run.dataset)
     if differing := differences(config, of_the_run(run)):
@@ -156,6 +157,59 @@ def parse(argv: Sequence[str] | None = None) -> Config:
             f"give the run's values or another --workdir"
         )
     return config
+
+
+def _read(argv: Sequence[str], default: Config) -> Config:
+    description = "Train a stack of LSTM layers to read MNIST digits row by row."
+    return read_flags(Config, argv, name="mnist_lstm", description=description, default=default)
+
+
+def _recipe(argv: Sequence[str]) -> Config:
+    """The defaults by the recipe that is asked for, whatever else is: `--help` shows them too."""
+
+    @dataclasses.dataclass
+    class Recipe:
+        recipe: RecipeName = "standard"
+
+    asked, _ = tyro.cli(Recipe, args=argv, add_help=False, return_unknown_args=True)
+    return Config(recipe=asked.recipe, **RECIPES[asked.recipe])
+
+
+def stored_config(config: Config) -> Config | None:
+    """A configuration with the values of the run in its workdir; None where there is no run.
+
+    Only what makes the run what it is counts, within the bounds that the flags have.
+
+    Raises:
+        RunFilesError: config.json can't be read, or a value in it can't be used.
+    """
+    stored = run_files.read_config(config.workdir)
+    if stored is None:
+        return None
+    path = run_files.config_path(config.workdir)
+    kinds = {name: get_type_hints(Config)[name] for name in of_the_run(config)}
+    for name, value in stored.items():
+        if name not in kinds:
+            raise RunFilesError(f"{path}: a run has no {name!r}")
+        if not _is_of(value, kinds[name]):
+            must_be = " or ".join(get_args(kinds[name])) or kinds[name].__name__
+            raise RunFilesError(f"{path}: {name!r} must be {must_be}, but is {value!r:.50}")
+    run = dataclasses.replace(config, **stored)
+    for name, holds, must_be in _bounds(run):
+        if not holds:
+            raise RunFilesError(
+                f"{path}: {name!r} must be {must_be}, but is {getattr(run, name)!r:.50}"
+            )
+    return run
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is of a field's type: a whole number is a float too, a bool is none."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is kind
 
 
 def differences(config: Config, run: dict[str, Any]) -> list[str]:
@@ -175,14 +229,32 @@ def of_the_run(config: Config) -> dict[str, int | float | str | bool]:
     return {name: value for name, value in values.items() if name not in _NOT_OF_THE_RUN}
 
 
-def _check_bounds(config: Config) -> None:
-    check_at_least(config, 1, "epochs", "batch_size", "hidden_size", "num_layers")
-    check_at_least(config, 0, "seed", "validation_size")
-    check_positive(config, "learning_rate", "clip_norm")
+def _bounds(config: Config) -> Iterator[tuple[str, bool, str]]:
+    """The bounds of what makes a run: the flag's name, whether they hold, what it must be."""
+    for name, lowest, highest in (
+        ("epochs", 1, 10_000),
+        ("batch_size", 1, 1_000_000),
+        ("hidden_size", 1, 16_384),
+        ("num_layers", 1, 100),
+        ("seed", 0, MOST_SEED),
+        ("validation_size", 0, math.inf),
+    ):
+        value = getattr(config, name)
+        must_be = f"at least {lowest}" if value < lowest else f"at most {highest}"
+        yield name, lowest <= value <= highest, must_be
+    weights = 8 * config.hidden_size**2 * config.num_layers
+    yield "hidden_size", weights <= MOST_WEIGHTS, f"less with {config.num_layers} layers"
+    for name in ("learning_rate", "clip_norm"):
+        yield name, 0 < getattr(config, name) <= LARGEST, "a positive number"
     for name in ("weight_decay", "elastic"):
-        check(config, name, 0 <= getattr(config, name) < math.inf, "at least 0")
+        yield name, 0 <= getattr(config, name) <= LARGEST, "at least 0"
     for name in ("label_smoothing", "dropout"):
-        check(config, name, 0 <= getattr(config, name) < 1, "at least 0 and less than 1")
+        yield name, 0 <= getattr(config, name) < 1, "at least 0 and less than 1"
+
+
+def _check_flags(config: Config) -> None:
+    for name, holds, must_be in _bounds(config):
+        check(config, name, holds, must_be)
     workdir = config.workdir
     is_free = not os.path.lexists(workdir)  # a link to nowhere is there, and no folder
     check(config, "workdir", is_free or os.path.isdir(workdir), "a folder")

@@ -12,7 +12,7 @@ import jax
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from experiments.usage import printable
+from experiments.usage import counted, printable
 
 
 def warn(message: str) -> None:
@@ -105,11 +105,6 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
 
 
-def count(number: int, noun: str) -> str:
-    """So many of something, as in "1 layer" and "2 layers"."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
 def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
     """An accuracy's 95% interval (Wilson), as fractions."""
     low, high = binomtest(correct, total).proportion_ci(0.95, method="wilson")
@@ -139,6 +134,6 @@ def print_summary(
     time = duration(sum(record["seconds"] for record in records))
     print()
     print(f"test accuracy  {accuracy_line(evaluation['correct'], evaluation['total'])}")
-    print(f"trained        {count(len(records), 'epoch')} in {time}")
+    print(f"trained        {counted(len(records), 'epoch')} in {time}")
     print(f"checkpoint     {checkpoint}")
     print(f"evaluate it    {command}")

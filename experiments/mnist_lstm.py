@@ -7,6 +7,7 @@ cores.
 """
 
 import dataclasses
+import itertools
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,19 +21,21 @@ import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
 
 from experiments import environment, from_config, loop, processes, run_files, stopping
+from experiments.command import command, os_reason
 from experiments.config import Config, of_the_run, parse
-from experiments.console import count, print_summary, quiet_orbax, warn, without_echoes
+from experiments.console import print_summary, quiet_orbax, warn, without_echoes
 from experiments.loop import TrainingError
 from experiments.position import Position, Run, check_epochs, resume
 from experiments.run_files import RunFilesError
 from experiments.stopping import Stopped, StopRequests
-from experiments.usage import UsageError, check_fills_batch
+from experiments.usage import UsageError, check_fills_batch, command_line, counted
 from lstm_flax import checkpoints, data, training
 from lstm_flax.checkpoints import CheckpointError
 from lstm_flax.data import DataError
 from lstm_flax.training import Keys
 
 
+@command()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the experiment from a command line; returns the exit status."""
     quiet_orbax()
@@ -42,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(parse(argv), stopping.REQUESTS)
     except (UsageError, RunFilesError, TrainingError, DataError, CheckpointError) as error:
         return processes.fail(error)
+    except OSError as error:
+        return processes.fail(UsageError(os_reason(error)))
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
@@ -120,7 +125,7 @@ def describe(run: Run, state: TrainState) -> None:
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     print(f"data    {config.dataset}: {images} images")
     print(
-        f"model   {count(config.num_layers, 'layer')} x {config.hidden_size}, "
+        f"model   {counted(config.num_layers, 'layer')} x {config.hidden_size}, "
         f"{parameters:,} parameters, {config.precision} products"
     )
     print(f"device  {environment.device_name()}, {from_config.implementation(config)}")
@@ -186,8 +191,9 @@ def evaluate_result(run: Run, like: TrainState) -> None:
 def evaluation_command(config: Config) -> str:
     """The command that evaluates this checkpoint again."""
     places: dict[str, Any] = {"data-dir": config.data_dir, "step": config.step}
-    given = "".join(f" --{flag} {value}" for flag, value in places.items() if value is not None)
-    return f"python -m experiments.mnist_lstm --workdir {config.workdir} --eval-only{given}"
+    given = [(f"--{flag}", value) for flag, value in places.items() if value is not None]
+    flags = ["--workdir", config.workdir, "--eval-only", *itertools.chain(*given)]
+    return command_line("mnist_lstm", *flags)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.whole_files import replacing
+
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#000000")
 """Okabe and Ito's, which people with any colour vision can tell apart."""
 
@@ -35,8 +37,9 @@ def save(figure: Figure, path: Path, columns: Mapping[str, Sequence[Any] | np.nd
         columns: by name, all of one length.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    with path.with_suffix(".csv").open("w", newline="") as file:
+    with replacing(path) as picture:
+        figure.savefig(picture, dpi=130, metadata={"Software": None})
+    with replacing(path.with_suffix(".csv")) as table, table.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         for row in zip(*columns.values(), strict=True):

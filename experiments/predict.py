@@ -19,11 +19,12 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from experiments.command import command
 from experiments.console import warn
 from experiments.digit_image import ENDINGS, DigitImageError, read_digit_image
 from experiments.restored import RestoredRun, classifier, restore_run
 from experiments.run_files import RunFilesError
-from experiments.usage import UsageError, fail, printable
+from experiments.usage import UsageError, fail, printable, read_flags
 from lstm_flax.checkpoints import CheckpointError
 
 PATIENCE = 0.2
@@ -42,11 +43,10 @@ class Options:
     """Print a line of JSON a picture, with the probabilities of all classes."""
 
 
+@command()
 def main(argv: Sequence[str] | None = None) -> int:
     """Predict from a command line; returns the exit status."""
-    options = tyro.cli(
-        Options, prog="python -m experiments.predict", description=__doc__, args=argv
-    )
+    options = read_flags(Options, argv, name="predict", description=__doc__)
     if not options.pictures:
         return fail(UsageError("name the pictures to read, files or folders"))
     try:

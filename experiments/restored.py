@@ -1,6 +1,5 @@
 """A trained run, restored from its workdir to be looked at or used; nothing in it is changed."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import from_config, run_files
-from experiments.config import Config
+from experiments.config import Config, stored_config
 from experiments.console import quiet_orbax, warn
 from experiments.position import Position
 from experiments.run_files import RunFilesError
-from experiments.usage import UsageError
+from experiments.usage import UsageError, command_line
 from lstm_flax import checkpoints, training
 from lstm_flax.models import SequenceClassifier
 
@@ -104,13 +103,10 @@ def read_config(workdir: Path) -> Config:
     Raises:
         RunFilesError: there is none, or it can't be read.
     """
-    stored = run_files.read_config(workdir)
-    if stored is None:
+    config = stored_config(Config(workdir=workdir))
+    if config is None:
         raise RunFilesError(
             f"there is no run in {workdir}; name one with --workdir, or train one: "
-            f"python -m experiments.mnist_lstm --workdir {workdir}"
+            f"{command_line('mnist_lstm', '--workdir', workdir)}"
         )
-    try:
-        return dataclasses.replace(Config(workdir=workdir), **stored)
-    except TypeError as error:
-        raise RunFilesError(f"{run_files.config_path(workdir)}: {error}") from error
+    return config

@@ -1,12 +1,14 @@
 """The files that a run keeps in its workdir, beside Orbax's checkpoints."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import itertools
 import json
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+MOST_BYTES = 8 * 2**20
+"""Of a file that is read; a line an epoch takes 400 bytes."""
 
 
 class RunFilesError(Exception):
@@ -66,10 +71,13 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
     """
     path = config_path(workdir)
     try:
-        return json.loads(path.read_text())
+        values = json.loads(_read_text(path))
+        if not isinstance(values, dict):
+            raise ValueError("it holds no JSON object")
+        return values
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last: too deep
         raise RunFilesError(
             f"{path} can't be read ({error}); move it away and give the run's own flags"
         ) from error
@@ -103,8 +111,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON objects in a file of one a line, but for lines that are damaged; [] without it."""
     objects = []
     with contextlib.suppress(OSError):
-        for line in path.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
+        for line in _read_text(path, errors="replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
                 objects.append(json.loads(line))
     return [entry for entry in objects if isinstance(entry, dict)]
 
@@ -177,6 +185,14 @@ def params_sha256(params: Any) -> str:
         digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+def _read_text(path: Path, errors: str = "strict") -> str:
+    """Read a file that may be anybody's: a pipe might never begin, nor a device end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
+        raise OSError(errno.EINVAL, f"it is no file of at most {MOST_BYTES:,} bytes")
+    return path.read_text(encoding="utf-8", errors=errors)
 
 
 def _write_lines(path: Path, entries: list[dict[str, Any]]) -> None:

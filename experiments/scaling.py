@@ -21,13 +21,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
+from experiments.command import command
 from experiments.markdown import table
-from experiments.usage import UsageError, fail
+from experiments.usage import UsageError, counted, read_flags, tell
 from lstm_flax import LSTMClassifier, training
 
 Implementation = Literal["scan", "auto"]
@@ -121,16 +121,12 @@ def sizes_asked_for(only: str) -> dict[str, int]:
     raise UsageError(f"--only must be JSON with {', '.join(names)}, each at least 1, but is {only}")
 
 
+@command()
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure all sizes, and print a table in Markdown; or measure the sizes asked for."""
-    options = tyro.cli(
-        Options, prog="python -m experiments.scaling", description=__doc__, args=argv
-    )
+    options = read_flags(Options, argv, name="scaling", description=__doc__)
     if options.only:
-        try:
-            sizes = sizes_asked_for(options.only)
-        except UsageError as error:
-            return fail(error)
+        sizes = sizes_asked_for(options.only)
         print(json.dumps(measure(**sizes, implementation=options.implementation)))
         return 0
     print(scaling_table())
@@ -139,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def scaling_table() -> str:
     """Measure all sizes of each thing that grows; a table in Markdown."""
+    tell(f"measuring {counted(sum(map(len, SIZES.values())), 'size')}, each in its own process")
     rows = []
     for name, sizes in tqdm(SIZES.items(), disable=None):
         # The native kernel is for one device: with it there, they would not be compared alike.

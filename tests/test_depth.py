@@ -11,6 +11,7 @@ from experiments.depth.measure import first_of_each_class, step_seconds, t_inter
 from experiments.depth.parameters import KINDS, count, formula, make_model, total
 from experiments.run_files import params_sha256
 from experiments.short_training import Recipe, accuracy, on_device, train
+from experiments.usage import install_command
 from lstm_flax.data import Split
 from lstm_flax.training import Keys, create_train_state, to_floats
 
@@ -102,7 +103,7 @@ def test_timing_a_step_leaves_the_state_to_be_trained():
 @pytest.mark.slow
 def test_the_command_reports_what_it_measured(data_dir, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    sizes = ["--layers", 1, "--hidden-size", 8, "--epochs", 1, "--seeds", 2, "--rounds", 2]
+    sizes = ["--layers", 1, "--hidden-size", 8, "--epochs", 1, "--seeds", 0, 1, "--rounds", 2]
     amount = ["--train-images", 200, "--batch-size", 100, "--dataset", "mnist5k"]
     places = ["--data-dir", data_dir, "--figures", tmp_path / "figures"]
     assert main([*map(str, [*sizes, *amount, *places])]) == 0
@@ -154,7 +155,7 @@ def test_a_batch_that_the_data_can_not_fill_gets_one_line(data_dir, tmp_path, ca
 
 def test_without_matplotlib_there_is_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
-    assert_refused([], 'this needs matplotlib: pip install -e ".[figures]"', capsys)
+    assert_refused([], f"this needs matplotlib: {install_command('figures')}", capsys)
 
 
 def assert_refused(flags, says, capsys):

@@ -153,8 +153,62 @@ def test_a_config_that_cannot_be_read(run, workdir):
     path = workdir / "config.json"
     path.write_text(path.read_text()[:50])
     refused(run("--workdir", workdir), f"{path} can't be read")
-    path.write_text(json.dumps({"no_such_flag": 1}))
-    refused(run("--workdir", workdir), f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    ("stored", "says"),
+    [
+        ({"hidden_size": "10"}, "'hidden_size' must be int, but is '10'"),
+        ({"hidden_size": True}, "'hidden_size' must be int, but is True"),
+        ({"hidden_size": 1.5}, "'hidden_size' must be int, but is 1.5"),
+        ({"hidden_size": -3}, "'hidden_size' must be at least 1, but is -3"),
+        ({"hidden_size": 16000, "num_layers": 50}, "'hidden_size' must be less with 50 layers"),
+        ({"num_layers": 3000}, "'num_layers' must be at most 100, but is 3000"),
+        ({"batch_size": 10**10}, "'batch_size' must be at most 1000000, but is 10000000000"),
+        ({"epochs": None}, "'epochs' must be int, but is None"),
+        (
+            {"sequence": "columns"},
+            "'sequence' must be rows or pixels or permuted, but is 'columns'",
+        ),
+        ({"precision": ["float32"]}, "'precision' must be float32 or bfloat16, but is ['float32']"),
+        ({"learning_rate": 10**400}, "'learning_rate' must be a positive number, but is 1000"),
+        ({"dropout": float("nan")}, "'dropout' must be at least 0 and less than 1, but is nan"),
+        ({"augment": 1}, "'augment' must be bool, but is 1"),
+        ({"no_such_flag": 1}, "a run has no 'no_such_flag'"),
+        # Not the run's: a stranger's run must not say whom to connect to.
+        ({"distributed": True}, "a run has no 'distributed'"),
+        ([1], "holds no JSON object"),
+        (None, "holds no JSON object"),
+    ],
+)
+def test_a_config_with_a_value_that_no_flag_takes(run, tmp_path, stored, says, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(stored))
+    refused(run("--workdir", tmp_path, "--eval-only"), says)
+    assert predict.main(["--workdir", str(tmp_path), "a.png"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}")
+    assert says in error
+    assert len(error) < 400
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xfe", b"{", b"[" * 200_000, b'{"seed": ' + b"9" * 5000 + b"}"]
+)
+def test_a_config_that_is_no_json(run, tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    refused(run("--workdir", tmp_path, "--eval-only"), f"{tmp_path}/config.json can't be read")
+
+
+@pytest.mark.parametrize("name", ["config.json", "environment.jsonl"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_pipe_or_a_device_in_place_of_a_file_is_not_read(run, workdir, name, make):
+    (workdir / name).unlink()
+    make(workdir / name)
+    if name == "config.json":
+        refused(run("--workdir", workdir), f"{workdir}/config.json can't be read (")
+    else:
+        assert run_files.read_lines(workdir / name) == []
 
 
 def test_metrics_that_were_harmed_are_written_anew_from_the_checkpoint(run, finished, workdir):

@@ -6,6 +6,7 @@ import pytest
 from printed import read_csv, table_rows
 
 from experiments.gradient_flow.__main__ import main
+from experiments.usage import install_command
 
 SMALL = [
     "--hidden-size", "4", "--images", "20", "--test-images", "10", "--batch-size", "10",
@@ -32,6 +33,10 @@ def test_the_command_draws_and_prints_a_part(tmp_path, data_dir, capsys):
     [
         (["--epochs", "0"], "--epochs must be at least 1, but is 0"),
         (["--seed", "-1"], "--seed must be at least 0, but is -1"),
+        (
+            ["--seeds", "1", "1"],
+            "--seeds must be at least 1 number from 0 to 4294967295, each another one, but is 1 1",
+        ),
         (["--learning-rate", "nan"], "--learning-rate must be a positive number, but is nan"),
     ],
 )
@@ -61,5 +66,5 @@ def test_what_can_not_be_read_or_written_is_said_in_one_line(
 def test_without_matplotlib_it_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main([]) == 2
-    error = 'error: this needs matplotlib: pip install -e ".[figures]"\n'
+    error = f"error: this needs matplotlib: {install_command('figures')}\n"
     assert capsys.readouterr().err == error

@@ -1,4 +1,4 @@
-from experiments.__main__ import list_experiments
+from experiments.__main__ import list_experiments, main
 
 
 def test_every_experiment_is_listed_with_what_it_does():
@@ -6,3 +6,12 @@ def test_every_experiment_is_listed_with_what_it_does():
     assert found["experiments.mnist_lstm"].startswith("Train an LSTM")
     assert found["experiments.benchmark"].startswith("Compare LSTM implementations")
     assert "experiments.config" not in found
+
+
+def test_a_name_of_none_is_refused_with_those_that_there_are(capsys):
+    assert main(["mnist"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: there is no experiment mnist; there are: accuracy, benchmark, ")
+    assert error.count("\n") == 1
+    assert main(["--help"]) == 0
+    assert "python -m experiments.mnist_lstm" in capsys.readouterr().out

@@ -273,7 +273,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_what_was_saved(run, 
         (["--dropout", "1"], "--dropout must be at least 0 and less than 1"),
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--validation-size", "-1"], "--validation-size must be at least 0"),
-        (["--validation-size", "3999"], "--validation-size 3999"),
+        (["--validation-size", "4000"], "of 4000 training images 10 to 3990 can be held out"),
+        (["--seed", str(2**32)], "--seed must be at most 4294967295"),
+        (["--hidden-size", "16385"], "--hidden-size must be at most 16384"),
         (["--checkpoint-every", "1m"], "--checkpoint-every must be steps, as in 500, or seconds"),
         (["--checkpoint-every", "-5"], "--checkpoint-every must be steps"),
         (["--checkpoint-every", "nans"], "--checkpoint-every must be steps"),
@@ -312,6 +314,14 @@ def test_help_gives_every_flag(run):
     assert status == 0
     for flag in ("--workdir", "--dataset", "--validation-size", "--precision", "--eval-only"):
         assert flag in output
+
+
+def test_help_gives_the_recipes_own_defaults(run):
+    for flags in (["--recipe", "best", "--help"], ["--help", "--epochs", 5, "--recipe=best"]):
+        status, output, _ = run(*flags)
+        assert status == 0
+        assert "(default: 20)" in output
+    assert "(default: 20)" not in run("--help")[1]
 
 
 def test_the_library_trains_without_tfds():

@@ -19,6 +19,7 @@ from experiments.read_digit.reading import (
     unit_order,
 )
 from experiments.restored import RestoredRun, classify, restore_run
+from experiments.usage import install_command
 from lstm_flax import LSTMClassifier, data
 from lstm_flax.training import to_floats
 
@@ -204,7 +205,7 @@ def test_what_is_wrong_beside_the_run_gets_one_line(trained, data_dir, tmp_path,
 def test_without_matplotlib_there_is_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     assert main([]) == 2
-    assert_one_line(capsys, 'this needs matplotlib: pip install -e ".[figures]"')
+    assert_one_line(capsys, f"this needs matplotlib: {install_command('figures')}")
 
 
 def assert_one_line(capsys, says):

@@ -14,6 +14,7 @@ from small_runs import SMALL, read_eval, read_lines
 
 from experiments import mnist_lstm
 from experiments.report.__main__ import main
+from experiments.usage import install_command
 
 STRANGE = "_<b>&amp;'\"{{ 7*7 }} $x^2$"
 
@@ -278,7 +279,7 @@ def test_what_can_not_be_read_or_written_gets_one_line(runs, tmp_path, capsys):
 def test_without_the_packages_there_is_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "jinja2", None)  # as if it were not installed
     assert report("run") == 2
-    assert_one_line(capsys, 'this needs jinja2: pip install -e ".[report]"')
+    assert_one_line(capsys, f"this needs jinja2: {install_command('report')}")
 
 
 def assert_one_line(capsys, says):

@@ -13,6 +13,7 @@ from small_runs import read_lines as read_metrics
 from experiments import mnist_lstm
 from experiments.board import RUNNING, TAGS, Board, cut_after, event_files
 from experiments.run_files import RunFilesError, environment_path, read_lines
+from experiments.usage import install_command
 
 FLAGS = [
     "--epochs", "2", "--validation-size", "400", "--no-augment", "--tensorboard",
@@ -135,7 +136,8 @@ def test_without_the_package_there_is_one_line(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)  # as if it were not installed
     status, _, error = run("--workdir", tmp_path / "run", "--tensorboard")
     assert status == 2
-    assert error == 'error: --tensorboard needs tensorboardX: pip install -e ".[tensorboard]"\n'
+    command = install_command("tensorboard")
+    assert error == f"error: --tensorboard needs tensorboardX: {command}\n"
     assert not (tmp_path / "run").exists()
 
 

@@ -16,22 +16,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
 from tqdm import tqdm
 
 from experiments.benchmark import job as jobs
 from experiments.benchmark import report
 from experiments.benchmark.cases import QUICK, STAR, Case, parse_case
-from experiments.benchmark.measure import MODES, Settings, measure
+from experiments.benchmark.measure import MODES, PeerError, Settings, measure
 from experiments.benchmark.peers import OURS, PEERS
+from experiments.command import command
 from experiments.usage import (
     DatasetName,
     UsageError,
     check_at_least,
     check_packages,
     check_positive,
-    fail,
+    counted,
+    read_flags,
+    tell,
 )
+from experiments.whole_files import replacing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +75,12 @@ class Options:
     """Draw the ratios into this file, such as ratios.png; needs matplotlib."""
 
 
+@command(jobs.JobError, PeerError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark from a command line; returns the exit status."""
-    options = tyro.cli(
-        Options, prog="python -m experiments.benchmark", description=__doc__, args=argv
-    )
-    try:
-        check(options)
-        run_job(options) if options.job else run_cases(options)
-    except (UsageError, jobs.JobError) as error:
-        return fail(error)
+    options = read_flags(Options, argv, name="benchmark", description=__doc__)
+    check(options)
+    run_job(options) if options.job else run_cases(options)
     return 0
 
 
@@ -128,7 +127,8 @@ def run_cases(options: Options) -> None:
     """Measure, print, write and draw."""
     cases, peers = chosen_cases(options), chosen_peers(options)
     settings = Settings(options.rounds, options.seconds, options.memory)
-    with tqdm(total=len(cases) * len(MODES), unit=" cases") as bar:
+    tell(f"measuring {counted(len(cases), 'case')} with {counted(len(peers), 'peer')}")
+    with tqdm(total=len(cases) * len(MODES), unit=" cases", disable=None) as bar:
 
         def advance(done: str) -> None:
             bar.set_postfix_str(done, refresh=False)
@@ -146,7 +146,9 @@ def run_job(options: Options) -> None:
     with_torch = importlib.util.find_spec("torch") is not None
     with tempfile.TemporaryDirectory() as scratch:
         job = prepare_job(options, Path(scratch))
-        with tqdm(total=jobs.turns(job, with_torch), unit=" runs") as bar:
+        turns = jobs.turns(job, with_torch)
+        tell(f"running {counted(turns, 'job')}")
+        with tqdm(total=turns, unit=" runs", disable=None) as bar:
 
             def advance(done: str) -> None:
                 bar.set_postfix_str(done, refresh=False)
@@ -200,7 +202,8 @@ def write_json(options: Options, values: dict[str, Any]) -> None:
         # Folders are the machine's own affair.
         settings = {name: value for name, value in flags.items() if not isinstance(value, Path)}
         everything = {"environment": report.environment(), "settings": settings, **values}
-        options.json.write_text(json.dumps(everything, indent=1) + "\n")
+        with replacing(options.json) as file:
+            file.write_text(json.dumps(everything, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -126,6 +126,9 @@ def measure(
         cases: the work.
         settings: how.
         advance: called with what was just done, after each case and mode.
+
+    Raises:
+        PeerError: the first peer can't run.
     """
     measurements: list[Measurement] = []
     versions, notes = {}, {}
@@ -135,6 +138,8 @@ def measure(
             try:
                 versions[peer] = workers[peer].hello()
             except PeerError as error:
+                if peer == peers[0]:
+                    raise
                 notes[peer] = str(error)
                 del workers[peer]
         for case in cases:

@@ -23,6 +23,7 @@ import numpy as np
 from experiments.benchmark.cases import Case
 from experiments.benchmark.framework import Call, Framework, Unavailable
 from experiments.benchmark.peers import Peer, open_peer
+from experiments.command import why_no_platform
 
 PRODUCTS = [(2048, 2048, 2048), (7168, 512, 1024)]
 """Rows, inner size and columns of the products that the peak is taken from; a GPU needs more."""
@@ -39,7 +40,7 @@ def main() -> None:
         peer, framework = open_peer(sys.argv[1])
         framework.wait(peer.build(SMALLEST, "infer")())  # imports what it needs
     except Exception as error:  # whatever it is, the others can go on without it
-        _answer(answers, {"error": _reason(error)})
+        _answer(answers, {"error": why_no_platform() or _reason(error)})
         return
     _answer(answers, {"device": framework.device, "version": _version(peer.package)})
     serve(peer, framework, answers)

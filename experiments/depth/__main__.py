@@ -1,6 +1,6 @@
 """What depth and gates cost, and what they bring: RNN, GRU and LSTM of one to three layers.
 
-    python -m experiments.depth [--dataset mnist] [--figures experiments/figures] [...]
+    python -m experiments.depth [--dataset mnist] [--figures runs/depth] [...]
 
 For each kind and number of layers: the parameters, counted and by formula; the time of a train
 step; and the test accuracy, mean and 95% interval over seeds. Prints a table in Markdown, and
@@ -18,10 +18,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
 from tqdm import tqdm
 
 from experiments import markdown
+from experiments.command import command
 from experiments.depth.measure import Row, first_of_each_class, step_seconds, t_interval
 from experiments.depth.parameters import KINDS, count, formula, make_model, total
 from experiments.short_training import Recipe, accuracy, on_device, train
@@ -32,8 +32,11 @@ from experiments.usage import (
     check_fills_batch,
     check_packages,
     check_positive,
-    fail,
+    check_seeds,
+    counted,
     make_folder,
+    read_flags,
+    tell,
 )
 from lstm_flax import data, training
 from lstm_flax.data import DataError
@@ -48,8 +51,8 @@ class Options(DataFlags):
     """Numbers of layers to compare."""
     hidden_size: int = 128
     """Units of each layer."""
-    seeds: int = 3
-    """How often to train each model, with the seeds 0, 1, ..."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """With which to train each model, once with each; at least two."""
     epochs: int = 12
     """Passes over the training images."""
     batch_size: int = 128
@@ -60,18 +63,16 @@ class Options(DataFlags):
     """Training images, the first ones of each class; the same for all seeds."""
     rounds: int = 15
     """Turns of each model when train steps are timed; the median counts."""
-    figures: Path = Path("experiments/figures")
+    figures: Path = Path("runs/depth")
     """Folder of the figures."""
 
 
+@command(DataError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison from a command line; returns the exit status."""
-    options = tyro.cli(Options, prog="python -m experiments.depth", description=__doc__, args=argv)
-    try:
-        check(options)
-        run(options)
-    except (UsageError, DataError) as error:
-        return fail(error)
+    options = read_flags(Options, argv, name="depth", description=__doc__)
+    check(options)
+    run(options)
     return 0
 
 
@@ -84,8 +85,7 @@ def check(options: Options) -> None:
     check_at_least(options, 1, "hidden_size", "epochs", "batch_size", "train_images", "rounds")
     if not options.layers or min(options.layers) < 1:
         raise UsageError("--layers must be numbers of at least 1")
-    if options.seeds < 2:
-        raise UsageError("--seeds must be at least 2: one alone has no interval")
+    check_seeds(options.seeds, least=2)  # one alone has no interval
     check_positive(options, "learning_rate")
     check_packages("figures", "matplotlib")
     make_folder(options.figures, "figures")
@@ -101,7 +101,9 @@ def run(options: Options) -> None:
     check_fills_batch(options.batch_size, len(chosen.labels))
     print(
         f"{builder.name}: {len(chosen.labels):,} training and {len(test.labels):,} test images; "
-        f"{options.hidden_size} units, {options.epochs} epochs, {options.seeds} seeds\n"
+        f"{counted(options.hidden_size, 'unit')}, {counted(options.epochs, 'epoch')}, "
+        f"{counted(len(options.seeds), 'seed')}\n",
+        flush=True,
     )
     rows = compare(options, on_device(chosen), on_device(test))
     print(table(rows, options.hidden_size))
@@ -120,7 +122,7 @@ def compare(options: Options, train_set: Batch, test_set: Batch) -> list[Row]:
     """Time and train all models, the kinds one after the other, each from few layers to many."""
     recipe = Recipe(options.epochs, options.batch_size, options.learning_rate, weight_decay=1e-2)
     names = [(kind, layers) for kind in KINDS for layers in sorted(set(options.layers))]
-    tx, keys = recipe.optimizer(train_set), [Keys.from_seed(seed) for seed in range(options.seeds)]
+    tx, keys = recipe.optimizer(train_set), [Keys.from_seed(seed) for seed in options.seeds]
     sample = training.to_floats(train_set["image"][: options.batch_size])
     states = {
         (kind, layers): [
@@ -134,8 +136,10 @@ def compare(options: Options, train_set: Batch, test_set: Batch) -> list[Row]:
         if make_model(kind, layers, options.hidden_size).core.why_not_native(sample) is None:
             scanning = make_model(kind, layers, options.hidden_size, "scan")
             timed[kind, layers, "scan"] = states[kind, layers][0].replace(apply_fn=scanning.apply)
+    tell(f"timing {counted(len(timed), 'model')}, which are compiled first")
     seconds = step_seconds(timed, recipe, train_set, options.rounds)
 
+    tell(f"training {counted(len(names) * len(keys), 'model')}")
     rows = []
     for kind, layers in tqdm(names, unit=" models", disable=None):
         trained = (
@@ -149,7 +153,10 @@ def compare(options: Options, train_set: Batch, test_set: Batch) -> list[Row]:
                 total(count(kind, layers, options.hidden_size)),
                 seconds.get((kind, layers, "scan"), seconds[kind, layers, "auto"]),
                 seconds[kind, layers, "auto"],
-                [accuracy(state, test_set) for state in trained],
+                {
+                    seed: accuracy(state, test_set)
+                    for seed, state in zip(options.seeds, trained, strict=True)
+                },
             )
         )
     return rows
@@ -168,7 +175,7 @@ def table(rows: Sequence[Row], hidden_size: int) -> str:
     ]
     lines = []
     for row in rows:
-        mean, low, high = (f"{100 * value:.2f}" for value in t_interval(row.accuracies))
+        mean, low, high = (f"{100 * value:.2f}" for value in t_interval([*row.accuracies.values()]))
         lines.append(
             [
                 row.kind,

@@ -26,7 +26,7 @@ def draw_results(rows: Sequence[Row], test_images: str, path: Path) -> None:
     layers = sorted({row.layers for row in rows})
     for k, kind in enumerate(KINDS):
         of_kind = [row for row in rows if row.kind == kind]
-        intervals = [t_interval(row.accuracies) for row in of_kind]
+        intervals = [t_interval([*row.accuracies.values()]) for row in of_kind]
         means = 100 * np.array([interval.mean for interval in intervals])
         bounds = 100 * np.array([(i.mean - i.low, i.high - i.mean) for i in intervals]).T
         # Side by side, so that no interval hides another.
@@ -34,7 +34,7 @@ def draw_results(rows: Sequence[Row], test_images: str, path: Path) -> None:
         look = {"fmt": plots.STYLES[k], "color": plots.COLOURS[k], "label": kind}
         accuracy.errorbar(positions, means, bounds, capsize=4, **look)
         for row, position in zip(of_kind, positions, strict=True):
-            dots = 100 * np.array(row.accuracies)
+            dots = 100 * np.array([*row.accuracies.values()])
             accuracy.plot([position + 0.03] * len(dots), dots, ".", color=plots.COLOURS[k])
         _draw_times(milliseconds, of_kind, "scan_seconds", k, f"{kind}, scan")
     if native := [row for row in rows if row.seconds != row.scan_seconds]:
@@ -66,7 +66,7 @@ def _draw_times(panel, rows: Sequence[Row], field: str, look: int, label: str) -
 
 def result_columns(rows: Sequence[Row]) -> dict[str, list]:
     """What `draw_results` shows, as columns: a line a model."""
-    intervals = [t_interval(row.accuracies) for row in rows]
+    intervals = [t_interval([*row.accuracies.values()]) for row in rows]
     columns: dict[str, list] = {
         "kind": [row.kind for row in rows],
         "layers": [row.layers for row in rows],
@@ -76,7 +76,7 @@ def result_columns(rows: Sequence[Row]) -> dict[str, list]:
         "milliseconds_scan": [1000 * row.scan_seconds for row in rows],
         "milliseconds": [1000 * row.seconds for row in rows],
     }
-    for seed in range(len(rows[0].accuracies)):
+    for seed in rows[0].accuracies:
         columns[f"accuracy_seed_{seed}"] = [row.accuracies[seed] for row in rows]
     return columns
 

@@ -39,7 +39,7 @@ class Row(NamedTuple):
     parameters: int
     scan_seconds: float  # of a train step by `nn.scan`
     seconds: float  # of one as it trains, perhaps by a native kernel
-    accuracies: list[float]  # on the test images, a seed each
+    accuracies: dict[int, float]  # on the test images, by seed
 
 
 class Interval(NamedTuple):

@@ -16,11 +16,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
-
+from experiments.command import command
 from experiments.restored import RestoredRun, restore_row_reader
 from experiments.run_files import RunFilesError
-from experiments.usage import UsageError, check_packages, fail, printable
+from experiments.usage import UsageError, check_packages, fail, printable, read_flags
 from lstm_flax.checkpoints import CheckpointError
 
 ANY_HOST = ("0.0.0.0", "")
@@ -44,9 +43,10 @@ class Options:
     """Open the page in a browser."""
 
 
+@command()
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve the page from a command line, until Ctrl-C; returns the exit status."""
-    options = tyro.cli(Options, prog="python -m experiments.draw", description=__doc__, args=argv)
+    options = read_flags(Options, argv, name="draw", description=__doc__)
     try:
         check_packages("draw", "nicegui", "ifaddr", "matplotlib")
         port = find_port(options)

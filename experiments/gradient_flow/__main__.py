@@ -1,6 +1,6 @@
 """Measure what textbooks say about vanishing gradients, on real digits.
 
-    python -m experiments.gradient_flow [--figures experiments/figures] [--part flow] [...]
+    python -m experiments.gradient_flow [--figures runs/gradient_flow] [--part flow] [...]
 
 One layer, vanilla RNN and LSTM, in three parts:
 
@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 from experiments import markdown
+from experiments.command import command
 from experiments.gradient_flow.clipping import CLIP_NORM, Trace, trace, watched_descent
 from experiments.gradient_flow.flow import Flow, before_and_after
 from experiments.gradient_flow.memory import BLANK_ROWS, accuracies
@@ -37,13 +37,15 @@ from experiments.gradient_flow.models import all_variants, as_pixels, as_rows, r
 from experiments.short_training import Recipe
 from experiments.usage import (
     DataFlags,
-    UsageError,
     check_at_least,
     check_fills_batch,
     check_packages,
     check_positive,
-    fail,
+    check_seeds,
+    counted,
     make_folder,
+    read_flags,
+    tell,
 )
 from lstm_flax import Keys, data
 from lstm_flax.data import DataError, Split
@@ -53,7 +55,7 @@ from lstm_flax.data import DataError, Split
 class Options(DataFlags):
     """The flags, with their defaults."""
 
-    figures: Path = Path("experiments/figures")
+    figures: Path = Path("runs/gradient_flow")
     """Folder for the figures and their data."""
     part: Literal["all", "flow", "clipping", "memory"] = "all"
     """What to measure."""
@@ -77,22 +79,18 @@ class Options(DataFlags):
     """Learning rate there, of plain gradient descent."""
     probes: int = 64
     """Test images whose gradients are followed; the first so many."""
-    seeds: int = 3
-    """Trainings of each point of the part memory."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the trainings of each point of the part memory."""
     seed: int = 0
-    """Of parameters and order of the images; the first one of the part memory."""
+    """Of parameters and order of the images in the other parts."""
 
 
+@command(DataError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts from a command line; returns the exit status."""
-    options = tyro.cli(
-        Options, prog="python -m experiments.gradient_flow", description=__doc__, args=argv
-    )
-    try:
-        check(options)
-        run(options)
-    except (UsageError, DataError) as error:
-        return fail(error)
+    options = read_flags(Options, argv, name="gradient_flow", description=__doc__)
+    check(options)
+    run(options)
     return 0
 
 
@@ -107,6 +105,7 @@ def check(options: Options) -> None:
             check_at_least(options, 0 if field.name == "seed" else 1, field.name)
         if field.type is float:
             check_positive(options, field.name)
+    check_seeds(options.seeds)
     check_packages("figures", "matplotlib")
     make_folder(options.figures, "figures")
 
@@ -116,7 +115,9 @@ def run(options: Options) -> None:
     from experiments.gradient_flow import figures  # matplotlib is not always installed
 
     splits = load_splits(options)
+    drawn = []
     if options.part in ("all", "flow"):
+        tell("part flow: gradients before and after training")
         flows = measure_flow(options, splits)
         figures.draw_flow(
             [flow for flow in flows if not flow.is_trained],
@@ -129,14 +130,20 @@ def run(options: Options) -> None:
             options.figures / "gradient_flow_trained.png",
         )
         print(flow_table(flows), flush=True)
+        drawn += ["gradient_flow.png", "gradient_flow_trained.png"]
     if options.part in ("all", "clipping"):
+        tell("part clipping: training with and without it")
         traces = measure_clipping(options, splits)
         figures.draw_clipping(traces, options.figures / "clipping.png")
         print(clipping_table(traces), flush=True)
+        drawn.append("clipping.png")
     if options.part in ("all", "memory"):
+        tell(f"part memory: training with {counted(len(options.seeds), 'seed')}")
         found = measure_memory(options, splits)
         figures.draw_memory(found, options.figures / "memory.png")
         print(memory_table(found), flush=True)
+        drawn.append("memory.png")
+    print(f"figures in {options.figures}: {', '.join(drawn)}; each with its data as .csv")
 
 
 def load_splits(options: Options) -> dict[str, Split]:
@@ -205,10 +212,9 @@ def measure_clipping(options: Options, splits: dict[str, Split]) -> dict[tuple[s
 def measure_memory(options: Options, splits: dict[str, Split]) -> dict[int, dict[str, list[float]]]:
     """Accuracies of all seeds, by the number of blank rows and the variant's label."""
     variants = all_variants(options.hidden_size)
-    seeds = range(options.seed, options.seed + options.seeds)
     recipe = Recipe(options.epochs, options.batch_size, options.learning_rate)
     return {
-        blank: accuracies(variants, splits, blank, seeds, recipe)
+        blank: accuracies(variants, splits, blank, options.seeds, recipe)
         for blank in tqdm(BLANK_ROWS, desc="memory", disable=None)
     }
 

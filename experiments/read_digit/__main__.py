@@ -14,8 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
-
+from experiments.command import command
 from experiments.read_digit.reading import (
     find_mistakes,
     gates_by_row,
@@ -33,6 +32,7 @@ from experiments.usage import (
     fail,
     make_folder,
     printable,
+    read_flags,
 )
 from lstm_flax import data
 from lstm_flax.checkpoints import CheckpointError
@@ -53,11 +53,10 @@ class Options(DataPlaces):
     """Folder of the figures; None is the folder figures in the workdir."""
 
 
+@command()
 def main(argv: Sequence[str] | None = None) -> int:
     """Read a digit from a command line; returns the exit status."""
-    options = tyro.cli(
-        Options, prog="python -m experiments.read_digit", description=__doc__, args=argv
-    )
+    options = read_flags(Options, argv, name="read_digit", description=__doc__)
     try:
         check(options)
         run(options)
@@ -114,7 +113,9 @@ def show_mistakes(trained: RestoredRun, test: Split, at_most: int, folder: Path)
     from experiments.read_digit import figures  # it needs matplotlib
 
     mistakes = find_mistakes(classify(trained, test.images), test.labels)
-    summary = f"{len(mistakes.image):,} of {len(test.labels):,} test images are read wrongly"
+    wrong = len(mistakes.image)
+    are = "is" if wrong == 1 else "are"
+    summary = f"{wrong:,} of {len(test.labels):,} test images {are} read wrongly"
     print(f"\n{summary}")
     if not mistakes.image.size:
         return []

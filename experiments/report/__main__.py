@@ -15,10 +15,11 @@ from pathlib import Path
 
 import tyro
 
+from experiments.command import command
 from experiments.report.gather import gather, read_test_sets
 from experiments.restored import read_config
 from experiments.run_files import RunFilesError, writing
-from experiments.usage import DataPlaces, UsageError, check_packages, fail, printable
+from experiments.usage import DataPlaces, UsageError, check_packages, fail, printable, read_flags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +32,10 @@ class Options(DataPlaces):
     """The page; None is report.html in the first workdir."""
 
 
+@command()
 def main(argv: Sequence[str] | None = None) -> int:
     """Write a report from a command line; returns the exit status."""
-    options = tyro.cli(Options, prog="python -m experiments.report", description=__doc__, args=argv)
+    options = read_flags(Options, argv, name="report", description=__doc__)
     try:
         check(options)
         run(options)
@@ -49,7 +51,7 @@ def check(options: Options) -> None:
         UsageError: no workdir is named, or a package is missing.
     """
     if not options.workdirs:
-        raise UsageError("name the workdir of a run: python -m experiments.report WORKDIR")
+        raise UsageError("name the workdir of a run, as in: python -m experiments.report WORKDIR")
     check_packages("report", "jinja2", "matplotlib")
 
 

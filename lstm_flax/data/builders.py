@@ -21,11 +21,18 @@ IDX_FILES = {
 _PIXELS = tfds.core.BuilderConfig(name="pixels", description="Unencoded pixels, original order")
 
 
+class _Info(tfds.core.DatasetInfo):
+    """Information that tfds does not look for in its bucket, for which it would leave a folder."""
+
+    def initialize_from_bucket(self) -> None:
+        """Do nothing: the bucket knows no config `pixels`."""
+
+
 def _pixel_info(builder: tfds.core.DatasetBuilder, **about: str) -> tfds.core.DatasetInfo:
     image = tfds.features.Tensor(
         shape=(28, 28, 1), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
     )
-    return tfds.core.DatasetInfo(
+    return _Info(
         builder=builder,
         features=tfds.features.FeaturesDict(
             {"image": image, "label": tfds.features.ClassLabel(num_classes=10)}

@@ -39,11 +39,16 @@ class Split(NamedTuple):
         return {"image": self.images, "label": self.labels}
 
 
+def say_at_once(line: str) -> None:
+    """Print a line before what takes time, into a pipe too."""
+    print(line, flush=True)
+
+
 def prepare(
     name: str,
     data_dir: Path | None = None,
     manual_dir: Path | None = None,
-    tell: Callable[[str], None] = print,
+    tell: Callable[[str], None] = say_at_once,
 ) -> tfds.core.DatasetBuilder:
     """Return the builder of a dataset, prepared: at once where it already is.
 
@@ -96,10 +101,9 @@ def read_split(builder: tfds.core.DatasetBuilder, split: str) -> Split:
         if not (examples.labels.min() >= 0 and examples.labels.max() <= 9):
             raise ValueError("there are labels outside 0 to 9")
     except Exception as error:  # array_record has no exceptions of its own
-        reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"the {split} images in {builder.data_path} can't be read ({reason}); delete that "
-            f"folder, and they are prepared anew"
+            f"the {split} images in {builder.data_path} can't be read "
+            f"({_in_one_line(error)}); delete that folder, and they are prepared anew"
         ) from error
     return examples
 
@@ -134,13 +138,16 @@ def hold_out(split: Split, size: int, seed: int) -> tuple[Split, Split]:
     """
     from sklearn.model_selection import train_test_split  # takes a second, and few need it
 
-    everything = np.arange(len(split.labels))
-    try:
-        kept, held_out = train_test_split(
-            everything, test_size=size, stratify=split.labels, random_state=seed
+    images, classes = len(split.labels), len(np.unique(split.labels))
+    if not classes <= size <= images - classes:
+        raise DataError(
+            f"--validation-size {size}: of {images} training images {classes} to "
+            f"{images - classes} can be held out, so that each of the {classes} classes has one on "
+            f"either side"
         )
-    except ValueError as error:
-        raise DataError(f"--validation-size {size}: {error}") from error
+    kept, held_out = train_test_split(
+        np.arange(images), test_size=size, stratify=split.labels, random_state=seed
+    )
     kept.sort()
     held_out.sort()
     return Split(*(a[kept] for a in split)), Split(*(a[held_out] for a in split))
@@ -165,10 +172,9 @@ def _builder(name: str, data_dir: Path | None) -> tfds.core.DatasetBuilder:
     try:
         return BUILDERS[name](data_dir=data_dir, file_format="array_record")
     except Exception as error:  # it reads what was prepared about the dataset
-        reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"what was prepared of {name} can't be read ({reason}); delete the folder {name} in "
-            f"{data_dir or tfds.core.constants.DATA_DIR}, and it is prepared anew"
+            f"what was prepared of {name} can't be read ({_in_one_line(error)}); delete the "
+            f"folder {name} in {data_dir or tfds.core.constants.DATA_DIR}, and it is prepared anew"
         ) from error
 
 
@@ -179,7 +185,10 @@ def _alone_in(folder: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
     except OSError as error:
-        raise DataError(f"data can't be prepared in {folder}: {error.strerror}") from error
+        raise DataError(
+            f"data can't be prepared in {folder} ({error.strerror}); name another folder with "
+            f"--data-dir"
+        ) from error
     with file:
         with contextlib.suppress(OSError):  # some network file systems have no locks
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -199,9 +208,9 @@ def _generate(
         # The first line names the address and the file, the others the two checksums.
         what = str(error).splitlines()[0].rstrip(":")
         raise DataError(f"{what}: damaged, cut off, or another dataset's; get it anew") from error
-    except (OSError, EOFError, ValueError, tfds.download.DownloadError) as error:
-        why = " ".join(str(error).split())
-        raise DataError(f"{builder.name} could not be prepared: {why}") from error
+    # array_record says by a RuntimeError that a disk is full.
+    except (OSError, EOFError, ValueError, RuntimeError, tfds.download.DownloadError) as error:
+        raise DataError(f"{builder.name} could not be prepared: {_in_one_line(error)}") from error
 
 
 def _check_manual_dir(manual_dir: Path) -> None:
@@ -215,7 +224,13 @@ def _unreachable(url: str) -> str | None:
     """Return why no file can be had from a server, or None where it answers."""
     try:
         requests.head(url, timeout=_PROBE_SECONDS)
-    except requests.RequestException as error:
+    # Among them are settings that can't be used, as of a proxy or of certificates.
+    except (OSError, ValueError) as error:
         host = urllib.parse.urlsplit(url).hostname
-        return f"no answer from {host}: {type(error).__name__}"
+        is_long = isinstance(error, requests.RequestException)
+        return f"no answer from {host}: {type(error).__name__ if is_long else _in_one_line(error)}"
     return None
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -345,7 +345,7 @@ def check_carry(what: str, given: Any, like: Any, names: tuple[str, ...]) -> Any
         given = tuple(given)
     wanted, structure = jax.tree.flatten(like)
     try:
-        states = structure.flatten_up_to(given)
+        states = structure.flatten_up_to(given)  # type: ignore[attr-defined]  # jaxlib's stubs lack it
     except ValueError:
         states = [{}]
     if any(isinstance(state, (dict, tuple)) for state in states):
@@ -357,4 +357,4 @@ def check_carry(what: str, given: Any, like: Any, names: tuple[str, ...]) -> Any
         if state.shape != zeros.shape:
             raise ValueError(f"{what}: {name} has shape {state.shape}, not {zeros.shape}")
         checked.append(state.astype(zeros.dtype))
-    return structure.unflatten(checked)
+    return jax.tree.unflatten(structure, checked)

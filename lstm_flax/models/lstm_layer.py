@@ -71,16 +71,17 @@ def _check(operands: Operands) -> None:
     batch, time, features = operands.x.shape
     hidden = operands.h_0.shape[-1]
     number, total = operands.x.dtype, operands.c_0.dtype
-    needed = Operands(
-        x=((batch, time, features), number),
-        kernel_ih=((features, 4 * hidden), total),
-        kernel_hh=((hidden, 4 * hidden), total),
-        bias=((4 * hidden,), total),
-        h_0=((batch, hidden), number),
-        c_0=((batch, hidden), total),
-        lengths=((batch,), jnp.dtype("int32")),
-    )
-    for name, array, (shape, dtype) in zip(Operands._fields, operands, needed, strict=True):
+    needed = {
+        "x": ((batch, time, features), number),
+        "kernel_ih": ((features, 4 * hidden), total),
+        "kernel_hh": ((hidden, 4 * hidden), total),
+        "bias": ((4 * hidden,), total),
+        "h_0": ((batch, hidden), number),
+        "c_0": ((batch, hidden), total),
+        "lengths": ((batch,), jnp.dtype("int32")),
+    }
+    for name, (shape, dtype) in needed.items():
+        array = getattr(operands, name)
         if array.shape != shape or array.dtype != dtype:
             raise ValueError(f"{name} is {array.dtype}{array.shape}, not {dtype}{shape}")
 

@@ -12,6 +12,7 @@ from small_runs import read_lines as read_metrics
 
 from experiments import mnist_lstm
 from experiments.board import RUNNING, TAGS, Board, cut_after, event_files
+from experiments.config import Config
 from experiments.run_files import RunFilesError, environment_path, read_lines
 from experiments.usage import install_command
 
@@ -149,7 +150,7 @@ def test_a_folder_that_can_not_be_written_is_said(tmp_path):
 
 def test_a_run_trains_on_where_its_start_can_not_be_kept(tmp_path, capsys):
     environment_path(tmp_path).mkdir()
-    mnist_lstm.record_start(tmp_path, 0)
+    mnist_lstm.record_start(Config(workdir=tmp_path), 0)
     error = capsys.readouterr().err
     assert error.startswith("warning: ")
     assert "environment.jsonl can't be written" in error

@@ -137,7 +137,9 @@ def test_gradients_are_finite_differences_of_a_stack_that_is_interrupted(variant
 @pytest.mark.parametrize("variant", [RNN, LSTM])
 def test_without_nudges_the_loss_is_the_models(variant):
     cell, params, x, labels = a_case(variant)
-    zeros = jax.tree.map(lambda s: jnp.zeros((TIME, *s.shape)), cell.initial_carry(BATCH))
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros((TIME, *s.shape)), cell.initialize_carry(None, x[:, 0].shape)
+    )
     model = variant.model.clone(core=variant.model.core.clone(param_dtype=jnp.float64))
     logits = model.apply({"params": params}, x)
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum()

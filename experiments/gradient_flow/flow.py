@@ -126,7 +126,8 @@ def state_gradients(cell: RecurrentCell, params: Any, x: jax.Array, labels: jax.
     """
     batch, time, _ = x.shape
     zeros = jax.tree.map(
-        lambda state: jnp.zeros((time, *state.shape), state.dtype), cell.initial_carry(batch)
+        lambda state: jnp.zeros((time, *state.shape), state.dtype),
+        cell.initialize_carry(None, x[:, 0].shape),
     )
     return jax.grad(loss, argnums=4)(cell, params, x, labels, zeros)
 
@@ -144,7 +145,9 @@ def loss(
     def step(carry, inputs):
         return nudged_step(cell, params["core"]["l0"], carry, *inputs), None
 
-    carry, _ = jax.lax.scan(step, cell.initial_carry(len(x)), (x.swapaxes(0, 1), nudges))
+    carry, _ = jax.lax.scan(
+        step, cell.initialize_carry(None, x[:, 0].shape), (x.swapaxes(0, 1), nudges)
+    )
     logits = cell.hidden(carry) @ params["head"]["kernel"] + params["head"]["bias"]
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum()
 

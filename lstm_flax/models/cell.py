@@ -273,7 +273,7 @@ class RecurrentCell(nn.Module):
                     f"hidden_mask has shape {hidden_mask.shape}, not {self.hidden(zeros).shape}"
                 )
         carry, gates = self.step(self.weights(x.shape[-1]), carry, x, hidden_mask)
-        self.show(gates)
+        self.show(gates, replace=not note(self, "_has_shown"))
         return carry
 
     def products(
@@ -302,23 +302,21 @@ class RecurrentCell(nn.Module):
             return sums
         return sums + jnp.broadcast_to(weights[name], sums.shape)
 
-    def show(self, gates: dict[str, jax.Array], caller: nn.Module | None = None) -> None:
+    def show(self, gates: dict[str, jax.Array], replace: bool) -> None:
         """Keep gates in the collection "gates" if that is asked for: `apply(..., mutable="gates")`.
-
-        They replace what an earlier `apply` left there and is handed back. Those of further calls
-        within one `apply` are kept beside the first one's, in a tuple.
 
         Args:
             gates: by name, each [batch, hidden_size], or [batch, time, hidden_size].
-            caller: the module whose calls count; None: this one.
+            replace: take the place of what is there, which an earlier `apply` has left and which
+                is handed back. Otherwise it is of an earlier call within this `apply`, and both are
+                kept, in a tuple.
         """
         if self.is_initializing():
             return
-        caller = caller or self
-        keep = _append if getattr(caller, "_has_shown", False) else _replace
-        object.__setattr__(caller, "_has_shown", True)  # a note to itself; no attribute of Linen's
         for name, value in gates.items():
-            self.sow("gates", name, value, reduce_fn=keep, init_fn=tuple)
+            self.sow(
+                "gates", name, value, reduce_fn=_replace if replace else _append, init_fn=tuple
+            )
 
 
 def _append(kept: Any, new: jax.Array) -> Any:
@@ -327,6 +325,13 @@ def _append(kept: Any, new: jax.Array) -> Any:
 
 def _replace(kept: Any, new: jax.Array) -> jax.Array:
     return new
+
+
+def note(module: nn.Module, name: str) -> bool:
+    """Whether this was noted of a module before, within one `apply`; from now on it is."""
+    was_noted = name in vars(module)
+    object.__setattr__(module, name, True)  # Linen's own attributes can't be set
+    return was_noted
 
 
 def check_carry(what: str, given: Any, like: Any, names: tuple[str, ...]) -> Any:

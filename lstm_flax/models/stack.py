@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.nn.initializers import Initializer
 
-from lstm_flax.models.cell import RecurrentCell, check_carry, glorot_uniform, orthogonal
+from lstm_flax.models.cell import RecurrentCell, check_carry, glorot_uniform, note, orthogonal
 from lstm_flax.models.checks import (
     as_array,
     as_floats,
@@ -97,7 +97,9 @@ class RecurrentStack(nn.Module):
 
     def __post_init__(self) -> None:
         self.check_attributes()
-        if self.dropout > 0 and self.num_layers == 1:
+        # Flax makes copies, each with a parent; those are not to warn again.
+        is_the_callers = self.parent is type(self).__dataclass_fields__["parent"].default
+        if self.dropout > 0 and self.num_layers == 1 and is_the_callers:
             warnings.warn(
                 f"dropout={self.dropout} drops nothing in a stack of one layer: "
                 f"it lies between layers",
@@ -332,7 +334,7 @@ class RecurrentStack(nn.Module):
         masks = tuple(self._hidden_mask(cell, batch, deterministic) for cell in cells)
         final, (outputs, shown) = step(tuple(carries), x, is_valid, masks)
         for cell, gates in zip(cells, shown, strict=True):
-            cell.show(gates, caller=self)
+            cell.show(gates, replace=not note(self, f"_has_shown_{cell.name}"))
         return final, outputs
 
     def why_not_native(self, x: jax.Array, deterministic: bool = True) -> str | None:

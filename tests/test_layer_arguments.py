@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.errors import FlaxError
+from jax.sharding import PartitionSpec as P
 
 from lstm_flax import (
     GRUCell,
@@ -128,7 +129,7 @@ def test_parameters_of_another_shape_get_flaxs_error(stack, implementation):
         with pytest.raises((FlaxError, ValueError), match=r"kernel_ih|number of features"):
             module.apply(variables, jnp.ones((3, 7, features)))
     for size in (4, 16, 32):
-        with pytest.raises(FlaxError, match=r'"kernel_ih" in "/l0".* shape'):
+        with pytest.raises(FlaxError, match=r'"kernel_ih" in ".*l0\)?", .* shape'):
             stack(size, 2, implementation=implementation).apply(variables, x)
 
 
@@ -137,7 +138,7 @@ def test_parameters_of_another_shape_get_flaxs_error(stack, implementation):
 def test_missing_and_extra_parameters_are_named(stack, implementation):
     x = jnp.ones((3, 7, 5))
     module, variables = build(stack, x, num_layers=2, implementation=implementation)
-    with pytest.raises(FlaxError, match=r'"kernel_ih" in scope "/l2"'):
+    with pytest.raises(FlaxError, match=r'"kernel_ih" .*l2'):
         module.clone(num_layers=3).apply(variables, x)
     with pytest.raises(ValueError, match=r"params has l1, which this \w+ does not have; it has l0"):
         module.clone(num_layers=1).apply(variables, x)
@@ -146,7 +147,7 @@ def test_missing_and_extra_parameters_are_named(stack, implementation):
     params = variables["params"]
     for name in params["l1"]:
         lacking = params | {"l1": {k: v for k, v in params["l1"].items() if k != name}}
-        with pytest.raises(FlaxError, match=f'"{name}" in scope "/l1"'):
+        with pytest.raises(FlaxError, match=f'"{name}" .*l1'):
             module.apply({"params": lacking}, x)
     whole = jax.tree.map(lambda p: p.astype(jnp.int32), variables)
     with pytest.raises(ValueError, match=r"l0/kernel_ih has dtype int32, not a floating-point one"):
@@ -168,7 +169,7 @@ def test_boxed_parameters_keep_their_boxes():
                     stack, x, kernel_init=init, recurrent_init=init, implementation=how
                 )
                 specs = nn.get_partition_spec(variables)["params"]["l0"]
-                assert specs["kernel_ih"] == specs["kernel_hh"] == (None, "model")
+                assert specs["kernel_ih"] == specs["kernel_hh"] == P(None, "model")
                 assert isinstance(variables["params"]["l0"]["kernel_ih"], boxed)
                 found = module.apply(variables, x)[0]
                 np.testing.assert_allclose(
@@ -357,7 +358,7 @@ def test_the_gates_of_each_call_are_kept_and_those_handed_back_replaced():
 def test_outside_of_jit_nothing_is_compiled_twice(stack, implementation, caplog):
     x = jax.random.normal(KEY, (2, 3, 5))
     module, variables = build(stack, x, implementation=implementation)
-    module.apply(variables, x)
+    module.apply(variables, 2 * x)
     with jax.log_compiles(), caplog.at_level("WARNING"):
-        module.apply(variables, x + 1)
+        module.apply(variables, x)
     assert [r.message for r in caplog.records if "Compiling" in r.message] == []

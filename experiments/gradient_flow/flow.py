@@ -124,7 +124,7 @@ def state_gradients(cell: RecurrentCell, params: Any, x: jax.Array, labels: jax.
     Returns:
         Shaped as the cell's carry, each array [time, batch, hidden_size].
     """
-    batch, time, _ = x.shape
+    time = x.shape[1]
     zeros = jax.tree.map(
         lambda state: jnp.zeros((time, *state.shape), state.dtype),
         cell.initialize_carry(None, x[:, 0].shape),

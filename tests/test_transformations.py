@@ -64,7 +64,7 @@ def test_gradients_equal_finite_differences(stack):
 
 
 def test_an_exported_classifier_runs_without_flax_for_any_batch(tmp_path):
-    model = LSTMClassifier(16, 2, implementation="scan")
+    model = LSTMClassifier(16, 2)
     x = normal(1, 5, 28, 28)
     variables = model.init(jax.random.key(0), x)
     (batch,) = export.symbolic_shape("batch")

@@ -218,6 +218,7 @@ class LSTMStack(RecurrentStack):
             f"products in {dtype.name}": dtype.name not in native.DTYPES,
             "an odd hidden_size in bfloat16": dtype == jnp.bfloat16 and self.hidden_size % 2,
             "gates are asked for": self.scope and self.is_mutable_collection("gates"),
+            "a symbolic shape": not all(isinstance(size, int) for size in x.shape),
             "nothing to compute": 0 in x.shape,
             "not on a CPU": jax.default_backend() != "cpu",
             "several devices": jax.device_count() > 1,

@@ -295,7 +295,7 @@ class RecurrentStack(nn.Module):
     def _zero_carry(self, cell: RecurrentCell, x: jax.Array) -> Carry:
         """A cell's zero carry, on the devices and mesh axes that x is on."""
         zeros = jnp.zeros_like(x).sum((self._time_axis, 2))[:, None]
-        like = jax.eval_shape(lambda: cell.initialize_carry(None, (len(zeros), x.shape[-1])))
+        like = jax.eval_shape(lambda: cell.initialize_carry(None, (zeros.shape[0], x.shape[-1])))
         return jax.tree.map(lambda s: jnp.broadcast_to(zeros, s.shape).astype(s.dtype), like)
 
     def _without_padding(

@@ -1,11 +1,13 @@
 """Checks of arguments: one line that names the argument, what it is and what it should be."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 
 def check(name: str, value: Any, wanted: str, is_right: Callable[[Any], Any]) -> None:
@@ -30,13 +32,57 @@ def check(name: str, value: Any, wanted: str, is_right: Callable[[Any], Any]) ->
         raise ValueError(f"{name} is {_brief(value)}, not {wanted}")
 
 
-def check_integer(name: str, value: Any, lowest: int) -> None:
-    """Check that a value is an integer, and at least so much; one of NumPy or JAX is one too.
+def check_integer(name: str, value: Any, lowest: int = 1, below: int | None = None) -> None:
+    """Check that a value is an integer within bounds; one of NumPy or JAX is one too.
 
     Raises:
         ValueError: it is not.
     """
-    check(name, value, f"an integer from {lowest} on", lambda v: operator.index(v) >= lowest)
+    bounds = f"of at least {lowest}" if below is None else f"from {lowest} to {below - 1}"
+    check(
+        name,
+        value,
+        f"an integer {bounds}",
+        lambda v: (
+            not isinstance(v, bool)
+            and lowest <= operator.index(v)
+            and (below is None or operator.index(v) < below)
+        ),
+    )
+
+
+def check_rate(name: str, value: Any, *, may_be_one: bool = False) -> None:
+    """Check that a value is a probability; 1 only if it may be.
+
+    Raises:
+        ValueError: it is not.
+    """
+    bounds = "from 0 to 1" if may_be_one else "of at least 0 and less than 1"
+    check(name, value, f"a number {bounds}", lambda v: 0 <= v < 1 or (may_be_one and v == 1))
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Check that a value is one of some names.
+
+    Raises:
+        ValueError: it is not.
+    """
+    names = ", ".join(map(repr, choices))
+    check(name, value, f"one of {names}", lambda v: v in choices)
+
+
+def check_floating(name: str, dtype: DTypeLike | None) -> None:
+    """Check that a dtype is a floating-point one, or None, which stands for a default.
+
+    Raises:
+        ValueError: it is not.
+    """
+    check(
+        name,
+        dtype,
+        "a floating-point dtype",
+        lambda d: d is None or jnp.issubdtype(jnp.dtype(d), jnp.floating),
+    )
 
 
 def check_array(
@@ -65,6 +111,32 @@ def check_array(
         wanted += f"[{', '.join(map(str, axes))}]"
         given = type(array).__name__ if shape is None else f"{found} {list(shape)}"
         raise ValueError(f"{name} is {given}, not {wanted}")
+
+
+def as_array(name: str, value: Any) -> jax.Array:
+    """Take what NumPy can read as an array.
+
+    Raises:
+        ValueError: that can't be.
+    """
+    try:
+        return jnp.asarray(value)
+    except Exception as error:  # each library's own
+        kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{name} is a {kind}, which can't become an array: {reason}") from error
+
+
+def as_floats(name: str, value: Any) -> jax.Array:
+    """Take what NumPy can read as an array of real floating-point numbers.
+
+    Raises:
+        ValueError: it is none.
+    """
+    array = as_array(name, value)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"{name} has dtype {array.dtype}, not a floating-point one")
+    return array
 
 
 def _is_of(found: Any, dtype: type[np.generic]) -> bool:

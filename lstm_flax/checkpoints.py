@@ -110,7 +110,7 @@ def save(
         metrics: what `merit` judges, as JSON values.
 
     Raises:
-        ValueError: the step is no integer from 0 on, or the tree is not one of arrays.
+        ValueError: the step is no integer of at least 0, or the tree is not one of arrays.
         CheckpointError: the step is not the largest, this save can't be started, or the one before
             it failed.
     """

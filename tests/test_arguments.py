@@ -86,7 +86,7 @@ def test_batch_sizes(state, batch_size):
         lambda: train_steps(state, Metrics.zero(), DATA, KEYS, 1, batch_size=batch_size),
         lambda: training.steps_per_epoch(6, batch_size),
     ):
-        with refuses(f"batch_size is {batch_size!r}, not an integer from 1 on"):
+        with refuses(f"batch_size is {batch_size!r}, not an integer of at least 1"):
             call()
 
 
@@ -102,7 +102,7 @@ def test_other_arguments_of_training(state):
     ):
         with refuses(message):
             train_steps(state, batch_size=4, **steps | change)
-    with refuses("num_examples is 0, not an integer from 1 on"):
+    with refuses("num_examples is 0, not an integer of at least 1"):
         training.steps_per_epoch(0, 5)
     with refuses("the images' dtype is .*float32.*, not uint8"):
         training.to_floats(jnp.zeros((1, 4, 3)))
@@ -222,7 +222,7 @@ def test_checkpoints(tmp_path):
     tree, last = {"w": jnp.ones(3)}, 3
     for keep in (0, -1, 1.5, None):
         with (
-            refuses(f"keep is {keep!r}, not an integer from 1 on"),
+            refuses(f"keep is {keep!r}, not an integer of at least 1"),
             checkpoints.open_checkpoints(tmp_path, keep=keep),
         ):
             pass

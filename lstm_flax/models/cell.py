@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from lstm_flax.models.checks import as_floats, check_floating, check_size
+from lstm_flax.arguments import as_floats, check_floating, check_integer
 
 Weights = dict[str, Any]
 """A cell's parameters by name, and its normalisations as functions."""
@@ -115,7 +115,7 @@ class RecurrentCell(nn.Module):
         Raises:
             ValueError: one of them has such a value.
         """
-        check_size("hidden_size", self.hidden_size)
+        check_integer("hidden_size", self.hidden_size)
         check_floating("dtype", self.dtype)
         check_floating("param_dtype", self.param_dtype)
 
@@ -216,7 +216,7 @@ class RecurrentCell(nn.Module):
             flax.errors.ScopeParamNotFoundError: a parameter is missing.
             ValueError: there is one that this cell does not have, or x has no features.
         """
-        check_size("x's number of features", features)
+        check_integer("x's number of features", features)
         weights = self.declare(features)
         if extra := sorted(self.variables.get("params", {}).keys() - weights.keys()):
             raise ValueError(

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lstm_flax.arguments import check_floating, check_integer
 from lstm_flax.models.cell import at_least_float32
-from lstm_flax.models.checks import check_floating, check_size
 from lstm_flax.models.lstm import LSTMStack
 from lstm_flax.models.stack import RecurrentStack
 
@@ -34,7 +34,7 @@ class SequenceClassifier(nn.Module):
         Raises:
             ValueError: there is no class, or `dtype` is not floating.
         """
-        check_size("num_classes", self.num_classes)
+        check_integer("num_classes", self.num_classes)
         check_floating("dtype", self.dtype)
         super().__post_init__()
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
+from lstm_flax.arguments import check_integer, check_rate
 from lstm_flax.models import native
 from lstm_flax.models.cell import RecurrentCell, Weights
-from lstm_flax.models.checks import check_rate, check_size
 from lstm_flax.models.lstm_layer import Operands, lstm_layer
 from lstm_flax.models.stack import RecurrentStack
 
@@ -52,7 +52,7 @@ def chrono_init(max_steps: int) -> Initializer:
     Raises:
         ValueError: `max_steps` is no integer of at least 2.
     """
-    check_size("max_steps", max_steps, lowest=2)
+    check_integer("max_steps", max_steps, lowest=2)
     return ChronoInit(max_steps)
 
 
@@ -83,7 +83,7 @@ class LSTMCell(RecurrentCell):
     def check_attributes(self) -> None:
         """Refuse values that attributes can't have."""
         super().check_attributes()
-        check_size("proj_size", self.proj_size, lowest=0, below=self.hidden_size)
+        check_integer("proj_size", self.proj_size, lowest=0, below=self.hidden_size)
 
     @property
     def output_size(self) -> int:
@@ -192,7 +192,7 @@ class LSTMStack(RecurrentStack):
         """Refuse values that attributes can't have."""
         super().check_attributes()
         check_rate("zoneout_cell", self.zoneout_cell, may_be_one=True)
-        check_size("proj_size", self.proj_size, lowest=0, below=self.hidden_size)
+        check_integer("proj_size", self.proj_size, lowest=0, below=self.hidden_size)
 
     def make_cell(self, name: str | None) -> LSTMCell:
         """Make the cell of one layer and direction."""

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lstm_flax.arguments import check_choice
 from lstm_flax.models.cell import RecurrentCell, Weights
-from lstm_flax.models.checks import check_choice
 from lstm_flax.models.stack import RecurrentStack
 
 _NONLINEARITIES = {"tanh": jnp.tanh, "relu": nn.relu}

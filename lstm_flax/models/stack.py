@@ -17,15 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.nn.initializers import Initializer
 
-from lstm_flax.models.cell import RecurrentCell, check_carry, glorot_uniform, note, orthogonal
-from lstm_flax.models.checks import (
+from lstm_flax.arguments import (
     as_array,
     as_floats,
     check_choice,
     check_floating,
+    check_integer,
     check_rate,
-    check_size,
 )
+from lstm_flax.models.cell import RecurrentCell, check_carry, glorot_uniform, note, orthogonal
 
 logger = logging.getLogger("lstm_flax")
 
@@ -113,8 +113,8 @@ class RecurrentStack(nn.Module):
         Raises:
             ValueError: one of them has such a value.
         """
-        check_size("hidden_size", self.hidden_size)
-        check_size("num_layers", self.num_layers)
+        check_integer("hidden_size", self.hidden_size)
+        check_integer("num_layers", self.num_layers)
         check_rate("dropout", self.dropout, may_be_one=True)
         check_rate("recurrent_dropout", self.recurrent_dropout)
         check_rate("zoneout", self.zoneout, may_be_one=True)

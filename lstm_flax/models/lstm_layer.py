@@ -242,9 +242,7 @@ def _primitive(
     """
     primitive = Primitive(f"lstm_layer_{definition.__name__}")
     primitive.multiple_results = True
-    primitive.def_impl(
-        lambda *args, **static: _compiled(primitive, tuple(sorted(static.items())))(*args)
-    )
+    primitive.def_impl(partial(_run, primitive, definition))
     primitive.def_abstract_eval(
         lambda *avals, **static: _result_types(
             definition, avals, tuple(sorted(static.items())), jax.sharding.get_abstract_mesh()
@@ -256,6 +254,13 @@ def _primitive(
     ad.primitive_jvps[primitive] = partial(_differentiate, definition)
     batching.primitive_batchers[primitive] = partial(_batch, primitive, definition, rows)
     return primitive
+
+
+def _run(primitive: Primitive, definition: Callable, *args, **static) -> Any:
+    """A call outside of `jax.jit`; where that is disabled, the definition, step by step."""
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # JAX declares no flags
+        return definition(*args, **static)
+    return _compiled(primitive, tuple(sorted(static.items())))(*args)
 
 
 @lru_cache(maxsize=256)

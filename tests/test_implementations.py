@@ -257,6 +257,19 @@ def test_checkpoint_scan_and_cond_go_through_it(implementation):
 
 
 @each_faster
+def test_with_jit_disabled(implementation):
+    x = normal(1, 2, 3, 5)
+    module, scan, variables = build(implementation, x)
+
+    def loss(module, variables):
+        return (module.apply(variables, x)[0] ** 2).sum()
+
+    with jax.disable_jit():
+        found = jax.value_and_grad(partial(loss, module))(variables)
+    assert_close(found, jax.value_and_grad(partial(loss, scan))(variables))
+
+
+@each_faster
 def test_no_rank_is_promoted(implementation):
     x, lengths = normal(1, 4, 6, 5), jnp.array([6, 0, 3, 1])
     module, _, variables = build(implementation, x, num_layers=2)

@@ -62,14 +62,15 @@ def pictures(cell):
 
 def epochs_printed(cell):
     """`(epoch, step, test accuracy)` of each epoch that the command in a cell trained."""
-    line = r"epoch +(\d+)/\d+  step (\d+)  train .*?  test \d\.\d{4} +(\d+\.\d\d%)"
+    line = r"epoch +(\d+)/\d+ +(\d+)  [\d.]+ +[\d.]+  [\d.]+ +(\d+\.\d\d) "
     return re.findall(line, printed(cell))
 
 
 def epochs_recorded(lines):
     """The same, from the lines of metrics.jsonl."""
     return [
-        (str(line["epoch"]), str(line["step"]), f"{line['test_accuracy']:.2%}") for line in lines
+        (str(line["epoch"]), str(line["step"]), f"{100 * line['test_accuracy']:.2f}")
+        for line in lines
     ]
 
 

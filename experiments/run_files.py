@@ -234,6 +234,7 @@ def lock(workdir: Path) -> Iterator[None]:
         return
     with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
+    with writing(lock_path(workdir)):
         file = open_to_change(lock_path(workdir), os.O_CREAT)
     with file:
         try:

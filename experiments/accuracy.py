@@ -9,7 +9,6 @@ test set chooses nothing.
 
 import csv
 import dataclasses
-import json
 import math
 import shlex
 import sys
@@ -23,8 +22,8 @@ from experiments import mnist_lstm, run_files
 from experiments.command import command
 from experiments.config import RecipeName
 from experiments.markdown import table
+from experiments.run_files import replacing
 from experiments.usage import UsageError, check_seeds, read_flags
-from experiments.whole_files import replacing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = ["--workdir", str(workdir), "--recipe", options.recipe, "--seed", str(seed)]
         if status := mnist_lstm.main([*flags, *flags_of_all]):
             return status
-        evaluation = json.loads(run_files.eval_path(workdir).read_text())
+        evaluation = run_files.read_json(run_files.eval_path(workdir))
         evaluations.append({"seed": seed} | evaluation)
     path = options.workdir / f"{options.recipe}.csv"
     with replacing(path) as table_file, table_file.open("w", newline="") as file:

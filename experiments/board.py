@@ -13,6 +13,9 @@ from typing import Any
 
 from experiments import run_files
 
+LONGEST_EVENT = 2**20
+"""Bytes; a scalar takes 60."""
+
 FLUSH_SECONDS = 5
 """How long a point may wait in memory; what a killed run loses is at most that."""
 
@@ -104,7 +107,7 @@ def tags(event) -> list[str]:
 def cut_after(path: Path, step: int) -> list[Any]:
     """Cut an event file off where it leaves a step behind, or is broken; return what stays."""
     kept = []
-    with path.open("r+b") as file:
+    with run_files.open_to_change(path) as file:
         end = 0
         for event in _events(file):
             if event.step > step:
@@ -117,13 +120,18 @@ def cut_after(path: Path, step: int) -> list[Any]:
 
 def _events(file) -> Iterator[Any]:
     """Read events, each after its length, until one is not as it was written."""
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from tensorboardX.proto.event_pb2 import Event
 
     while (length := _checked(file, 8)) is not None:
-        event = _checked(file, *struct.unpack("<Q", length))
+        size = struct.unpack("<Q", length)[0]
+        event = _checked(file, size) if size <= LONGEST_EVENT else None
         if event is None:
             return
-        yield Event.FromString(event)
+        try:
+            yield Event.FromString(event)
+        except DecodeError:
+            return
 
 
 def _checked(file, size: int) -> bytes | None:

@@ -21,6 +21,9 @@ from experiments.usage import (
     read_flags,
 )
 
+MOST_EPOCHS = 10_000
+"""Of a run."""
+
 MOST_WEIGHTS = 10**9
 """Between hidden units; training them takes three times as many floats, 12 GB."""
 
@@ -217,7 +220,7 @@ def differences(config: Config, run: dict[str, Any]) -> list[str]:
     # A run from before there was a flag did what is the flag's default.
     run = of_the_run(Config()) | run
     return [
-        f"--{name.replace('_', '-')} is {value}, the run's is {run[name]}"
+        f"--{name.replace('_', '-')} is {value}, the run's is {run[name]!s:.50}"
         for name, value in of_the_run(config).items()
         if name != "epochs" and value != run[name]
     ]
@@ -232,7 +235,7 @@ def of_the_run(config: Config) -> dict[str, int | float | str | bool]:
 def _bounds(config: Config) -> Iterator[tuple[str, bool, str]]:
     """The bounds of what makes a run: the flag's name, whether they hold, what it must be."""
     for name, lowest, highest in (
-        ("epochs", 1, 10_000),
+        ("epochs", 1, MOST_EPOCHS),
         ("batch_size", 1, 1_000_000),
         ("hidden_size", 1, 16_384),
         ("num_layers", 1, 100),

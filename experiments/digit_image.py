@@ -9,7 +9,7 @@ import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from scipy import ndimage
 
-from experiments.regular_file import MIB, read_regular_file
+from lstm_flax.files import MIB, read_regular_file
 
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it also raises what it logs as errors
 
@@ -66,7 +66,7 @@ def read_digit_image(path: Path) -> np.ndarray:
         DigitImageError: it is no picture, is too large, can't be read, or shows nothing.
     """
     try:
-        image = as_mnist(_ink(_shades(_decode(read_regular_file(path, MOST_BYTES)))))
+        image = as_mnist(_ink(_shades(_decode(read_regular_file(path, MOST_BYTES, follow=True)))))
     except UnidentifiedImageError as error:
         raise DigitImageError(f"{path} is no picture ({', '.join(FORMATS)} are read)") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -2,12 +2,13 @@
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax.training.train_state import TrainState
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.config import Config
 from lstm_flax import readings, training
@@ -88,11 +89,30 @@ def train_state(config: Config, num_images: int, key: jax.Array) -> TrainState:
     return training.create_train_state(model(config), tx, _sample(config), key)
 
 
+def abstract_state(config: Config) -> TrainState:
+    """What `train_state` is like, whole on each device of the mesh in force; no array is made.
+
+    So a checkpoint can be compared with what its config.json asks for before that takes memory.
+    """
+    tx = optimizer(config, config.batch_size)  # how many images it spans is no part of the state
+    params = _abstract_params(config)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    opt_state = jax.eval_shape(tx.init, params)
+    state = TrainState(step, model(config).apply, params, tx, opt_state)
+    whole = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), state
+    )
+
+
 def count_parameters(config: Config) -> int:
     """How many parameters the model has; none is made."""
+    return sum(leaf.size for leaf in jax.tree.leaves(_abstract_params(config)))
+
+
+def _abstract_params(config: Config) -> Any:
     sample = jax.eval_shape(lambda: _sample(config))
-    variables = jax.eval_shape(model(config).init, jax.random.key(0), sample)
-    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    return jax.eval_shape(model(config).init, jax.random.key(0), sample)["params"]
 
 
 def _sample(config: Config) -> jax.Array:

@@ -25,7 +25,7 @@ from experiments.command import command, os_reason
 from experiments.config import Config, of_the_run, parse
 from experiments.console import print_summary, quiet_orbax, warn, without_echoes
 from experiments.loop import TrainingError
-from experiments.position import Position, Run, check_epochs, resume
+from experiments.position import Position, Run, Saved, check_epochs, resume
 from experiments.run_files import RunFilesError
 from experiments.stopping import Stopped, StopRequests
 from experiments.usage import UsageError, check_fills_batch, command_line, counted
@@ -71,7 +71,10 @@ def run(config: Config, stop: StopRequests) -> None:
         with open_workdir(config) as manager:
             run = Run(config, datasets, keys, manager)
             num_images = len(splits["train"].labels)
-            state = from_config.train_state(config, num_images, keys.init)
+            if config.eval_only and not config.shard_optimizer:
+                state = from_config.abstract_state(config)
+            else:
+                state = from_config.train_state(config, num_images, keys.init)
             describe(run, state)
             if not config.eval_only:
                 train(run, state, stop)
@@ -178,7 +181,7 @@ def evaluate_result(run: Run, like: TrainState) -> None:
     }
     print_summary(
         evaluation,
-        restored.about["records"],
+        Saved.of(restored.step, restored.about).records,
         Path(manager.directory) / str(restored.step),
         evaluation_command(config),
     )

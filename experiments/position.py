@@ -7,7 +7,7 @@ import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
 
 from experiments import run_files
-from experiments.config import Config, differences, of_the_run
+from experiments.config import MOST_EPOCHS, Config, differences, of_the_run
 from experiments.console import warn
 from experiments.usage import UsageError
 from lstm_flax import checkpoints, training
@@ -67,6 +67,49 @@ class Position(NamedTuple):
         return float(self.metrics.loss)
 
 
+class Saved(NamedTuple):
+    """What a checkpoint tells beside its arrays."""
+
+    config: dict[str, Any]  # of the run
+    records: list[dict[str, Any]]
+    training_seconds: float
+
+    @classmethod
+    def of(cls, step: int, about: dict[str, Any]) -> "Saved":
+        """Of the checkpoint of a step, which may be anybody's.
+
+        Raises:
+            DamagedError: no run tells such things.
+        """
+        try:
+            saved = cls(**about)
+            is_ours = (
+                _is_number(saved.config["epochs"], 1, MOST_EPOCHS)
+                and _is_number(saved.training_seconds)
+                and all(_is_record(n, record) for n, record in enumerate(saved.records, 1))
+            )
+        except (TypeError, KeyError, AttributeError):
+            is_ours = False
+        if not is_ours:
+            raise checkpoints.DamagedError(f"step {step}: what it tells of its run can't be true")
+        return saved
+
+
+def _is_record(epoch: int, record: dict[str, Any]) -> bool:
+    """Whether a record can be an epoch's: figures are numbers, if perhaps infinite ones."""
+    figures = [value for name, value in record.items() if name not in ("dataset", "device")]
+    return (
+        all(isinstance(value, int | float) for value in figures)
+        and record["epoch"] == epoch <= MOST_EPOCHS
+        and _is_number(record["step"])
+        and _is_number(record["seconds"])
+    )
+
+
+def _is_number(value: Any, low: float = 0, high: float = 1e12) -> bool:
+    return type(value) in (int, float) and low <= value <= high
+
+
 def check_epochs(config: Config) -> None:
     """Check that the run in the workdir, if there is one, has no more epochs than are asked for.
 
@@ -77,9 +120,9 @@ def check_epochs(config: Config) -> None:
     planned, done = 0, len(run_files.read_lines(run_files.metrics_path(config.workdir)))
     for step in run_files.saved_steps(config.workdir):
         with contextlib.suppress(checkpoints.DamagedError):  # restoring will say so
-            about = checkpoints.read_about(directory, step)["about"]
-            planned = max(planned, about["config"]["epochs"])
-            done = max(done, len(about["records"]))
+            saved = Saved.of(step, checkpoints.read_about(directory, step)["about"])
+            planned = max(planned, saved.config["epochs"])
+            done = max(done, len(saved.records))
     if config.epochs < max(planned, done):
         raise UsageError(
             f"--epochs is {config.epochs}, but the run in {config.workdir} has trained {done} of "
@@ -100,8 +143,8 @@ def resume(run: Run, fresh: Position) -> Position:
     if not steps:
         return fresh
     restored, damages = checkpoints.restore_first(run.manager, fresh.tree, steps)
-    about = restored.about
-    if differing := differences(run.config, about["config"]):
+    saved = Saved.of(restored.step, restored.about)
+    if differing := differences(run.config, saved.config):
         raise checkpoints.CheckpointError(
             f"the checkpoints in {run.manager.directory} are another run's: {'; '.join(differing)}"
         )
@@ -110,18 +153,12 @@ def resume(run: Run, fresh: Position) -> Position:
         folder = run_files.set_aside(run.config.workdir, damaged)
         run.manager.reload()
         warn(f"moved damaged checkpoints to {folder} ({'; '.join(map(str, damages))})")
-    return Position(
-        **restored.tree, records=about["records"], training_seconds=about["training_seconds"]
-    )
+    return Position(**restored.tree, records=saved.records, training_seconds=saved.training_seconds)
 
 
 def save(run: Run, position: Position) -> None:
     """Start saving a position as a checkpoint."""
-    about = {
-        "config": of_the_run(run.config),
-        "records": position.records,
-        "training_seconds": position.training_seconds,
-    }
+    about = Saved(of_the_run(run.config), position.records, position.training_seconds)._asdict()
     is_between_epochs = position.images == 0
     metrics = position.records[-1] if is_between_epochs else {}
     checkpoints.save(run.manager, position.step, position.tree, about, metrics)

@@ -1,7 +1,9 @@
 """The processes that train one model, often just one: how they join, and how one ends."""
 
 import contextlib
+import ipaddress
 import os
+import socket
 import sys
 from collections.abc import Iterator
 
@@ -26,6 +28,7 @@ def joined(config: Config) -> Iterator[None]:
             config.num_processes,
             config.process_id,
             heartbeat_timeout_seconds=LOST_PROCESS_SECONDS,
+            coordinator_bind_address=bind_address(config.coordinator),
         )
     with contextlib.ExitStack() as stack:
         if jax.process_index() > 0:
@@ -33,6 +36,23 @@ def joined(config: Config) -> Iterator[None]:
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         stack.enter_context(jax.set_mesh(training.data_mesh()))
         yield
+
+
+def bind_address(coordinator: str | None) -> str | None:
+    """Where the first process listens: at an address of its own, or else on all interfaces (None).
+
+    Whoever reaches it can take part in the training. A name may stand for another address on each
+    host, so only `localhost` and numbers tell which one is meant.
+    """
+    host, _, port = (coordinator or "").rpartition(":")
+    try:
+        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host.strip("[]"))
+        family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+        with socket.socket(family) as probe:
+            probe.bind((str(address), 0))
+    except (ValueError, OSError):  # no number, or an address of another machine
+        return None
+    return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
 
 
 def fail(error: Exception) -> int:

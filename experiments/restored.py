@@ -46,9 +46,8 @@ def restore_run(workdir: Path) -> RestoredRun:
         jax.set_mesh(training.data_mesh()),
         checkpoints.open_checkpoints(directory, read_only=True) as manager,
     ):
-        # How many images the schedule spans is no part of the state.
-        fresh = from_config.train_state(config, config.batch_size, jax.random.key(0))
-        like, steps = Position.at_start(fresh).tree, checkpoints.result_steps(manager)
+        like = Position.at_start(from_config.abstract_state(config)).tree
+        steps = checkpoints.result_steps(manager)
         restored, damages = checkpoints.restore_first(manager, like, steps)
     if damages:
         warn(f"using step {restored.step} ({'; '.join(map(str, damages))})")

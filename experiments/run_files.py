@@ -1,24 +1,40 @@
-"""The files that a run keeps in its workdir, beside Orbax's checkpoints."""
+"""The files that a run keeps in its workdir, beside Orbax's checkpoints.
+
+A workdir may be anybody's, so a run's files are opened, read, written and replaced here alone. No
+link is followed: a file is written as a new one, which then takes the old one's place, and what is
+opened to be changed is a regular file. The workdir itself may be a link.
+"""
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import itertools
 import json
 import os
 import socket
-import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-MOST_BYTES = 8 * 2**20
+from lstm_flax.files import (
+    MIB,
+    check_regular,
+    open_regular_file,
+    parse_json,
+    read_regular_file,
+    walk,
+)
+
+MOST_BYTES = 8 * MIB
 """Of a file that is read; a line an epoch takes 400 bytes."""
+
+LONGEST_OWNER = 200
+"""Bytes that are shown of who holds a lock."""
 
 
 class RunFilesError(Exception):
@@ -55,6 +71,50 @@ def checkpoints_path(workdir: Path) -> Path:
     return workdir / "checkpoints"
 
 
+def damaged_path(workdir: Path) -> Path:
+    """The folder of damaged checkpoints that were moved away."""
+    return workdir / "damaged"
+
+
+def figures_path(workdir: Path) -> Path:
+    """The folder of the figures that are drawn of the run."""
+    return workdir / "figures"
+
+
+def report_path(workdir: Path) -> Path:
+    """The page that reports the run."""
+    return workdir / "report.html"
+
+
+def lock_path(workdir: Path) -> Path:
+    """The file by which a run keeps others out."""
+    return workdir / ".lock"
+
+
+PATHS = (
+    config_path, metrics_path, eval_path, environment_path, tensorboard_path, checkpoints_path,
+    damaged_path, figures_path, report_path, lock_path,
+)  # fmt: skip
+"""All that a run reads or writes."""
+
+
+def check_workdir(workdir: Path) -> None:
+    """Check, before anything in it is opened, that nothing of a run lies outside its workdir.
+
+    Raises:
+        RunFilesError: a file or a folder is a link, or something else than a file and a folder.
+    """
+    try:
+        for path in PATHS:
+            for _ in walk(path(workdir)):
+                pass
+    except OSError as error:
+        raise RunFilesError(
+            f"{error.filename} can't be used ({error.strerror}); a run's folder may be a link, but "
+            f"holds only files and folders"
+        ) from error
+
+
 def saved_steps(workdir: Path) -> list[int]:
     """Steps of the checkpoints that are whole, by their folders' names; the latest first."""
     with contextlib.suppress(OSError):
@@ -66,21 +126,44 @@ def saved_steps(workdir: Path) -> list[int]:
 def read_config(workdir: Path) -> dict[str, Any] | None:
     """Return the configuration of the run in `workdir`, or None where there is none.
 
+    Every command reads it before all else, so it checks the workdir too.
+
     Raises:
-        RunFilesError: config.json is there and can't be read.
+        RunFilesError: config.json is there and can't be read, or something in the workdir leads
+            elsewhere.
     """
+    check_workdir(workdir)
     path = config_path(workdir)
     try:
-        values = json.loads(_read_text(path))
-        if not isinstance(values, dict):
-            raise ValueError("it holds no JSON object")
-        return values
+        return read_json(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:  # the last: too deep
+    except (OSError, ValueError) as error:
         raise RunFilesError(
             f"{path} can't be read ({error}); move it away and give the run's own flags"
         ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the JSON object in a file.
+
+    Raises:
+        OSError: the file can't be read, or is none that a run writes.
+        ValueError: it holds no JSON object.
+    """
+    values = parse_json(read_bytes(path))
+    if not isinstance(values, dict):
+        raise ValueError("it holds no JSON object")
+    return values
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a file.
+
+    Raises:
+        OSError: it can't be read, or is none that a run writes; `strerror` says why.
+    """
+    return read_regular_file(path, MOST_BYTES)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -97,8 +180,8 @@ def append_metrics(workdir: Path, record: dict[str, Any]) -> None:
     """Add an epoch's metrics."""
     path = metrics_path(workdir)
     if is_writer():
-        with writing(path), path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        with writing(path), open_to_change(path, os.O_APPEND | os.O_CREAT) as file:
+            file.write(json.dumps(record).encode() + b"\n")
 
 
 def append_environment(workdir: Path, start: dict[str, Any]) -> None:
@@ -111,9 +194,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON objects in a file of one a line, but for lines that are damaged; [] without it."""
     objects = []
     with contextlib.suppress(OSError):
-        for line in _read_text(path, errors="replace").splitlines():
-            with contextlib.suppress(ValueError, RecursionError):
-                objects.append(json.loads(line))
+        for line in read_bytes(path).splitlines():
+            with contextlib.suppress(ValueError):
+                objects.append(parse_json(line))
     return [entry for entry in objects if isinstance(entry, dict)]
 
 
@@ -123,14 +206,14 @@ def set_aside(workdir: Path, steps: list[int]) -> Path:
     Raises:
         RunFilesError: one can't be moved.
     """
-    folder = workdir / "damaged"
+    folder = damaged_path(workdir)
     if is_writer():
         with writing(folder):
             folder.mkdir(exist_ok=True)
         for step in steps:
             numbers = itertools.count(1)
             target = folder / str(step)
-            while target.exists():
+            while os.path.lexists(target):
                 target = folder / f"{step}-{next(numbers)}"
             path = checkpoints_path(workdir) / str(step)
             with writing(path, "moved away, though it is damaged"):
@@ -151,21 +234,22 @@ def lock(workdir: Path) -> Iterator[None]:
         return
     with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / ".lock").open("a+")
+    with writing(lock_path(workdir)):
+        file = open_to_change(lock_path(workdir), os.O_CREAT)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            file.seek(0)
+            owner = file.read(LONGEST_OWNER).decode(errors="replace")
             raise RunFilesError(
-                f"--workdir {workdir} is in use by another run ({file.read()}); "
+                f"--workdir {workdir} is in use by another run ({owner}); "
                 f"wait for it, stop it, or give another --workdir"
             ) from error
         except OSError:
             pass  # some network file systems have no locks
         with writing(workdir):
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
             file.flush()
         yield
 
@@ -187,12 +271,48 @@ def params_sha256(params: Any) -> str:
     return digest.hexdigest()
 
 
-def _read_text(path: Path, errors: str = "strict") -> str:
-    """Read a file that may be anybody's: a pipe might never begin, nor a device end."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
-        raise OSError(errno.EINVAL, f"it is no file of at most {MOST_BYTES:,} bytes")
-    return path.read_text(encoding="utf-8", errors=errors)
+def open_to_change(path: Path, flags: int = 0) -> IO[bytes]:
+    """Open a file in its place, to be read and written.
+
+    Args:
+        path: of the file.
+        flags: as `os.O_CREAT`.
+
+    Raises:
+        OSError: it can't be opened, or is a link or no regular file.
+    """
+    return open(open_regular_file(path, os.O_RDWR | flags), "r+b")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Hand out a new file beside `path`, of the same ending, that takes its place after the body.
+
+    It is removed where the body fails; what `path` held then stays.
+
+    Raises:
+        OSError: it can't be written, or `path` is a link or no regular file; the error names
+            `path`.
+    """
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            check_regular(os.lstat(path))
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+        os.fchmod(handle, 0o666 & ~_umask())  # mkstemp's is for this user alone
+        os.close(handle)
+        try:
+            yield Path(name)
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def _umask() -> int:
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
 
 
 def _write_lines(path: Path, entries: list[dict[str, Any]]) -> None:
@@ -200,12 +320,9 @@ def _write_lines(path: Path, entries: list[dict[str, Any]]) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    if not is_writer():
-        return
-    partial = path.with_name(path.name + ".partial")
-    with writing(path):
-        partial.write_text(text)
-        os.replace(partial, path)
+    if is_writer():
+        with writing(path), replacing(path) as new:
+            new.write_text(text)
 
 
 @contextlib.contextmanager

@@ -5,14 +5,17 @@ to its files afterwards, on a failing disk or in a copy, it does not notice: flo
 flipped byte are float32 weights. So each checkpoint carries a fingerprint of each of its arrays
 and a digest of its JSON values, and what does not match them is not restored.
 
-Nothing here executes code from a checkpoint: arrays are restored into the shapes and dtypes of a
-tree that the caller gives, and all else is JSON.
+A checkpoint may also be a stranger's. Nothing here executes code from it: arrays are restored into
+the shapes and dtypes of a tree that the caller gives, and all else is JSON. No link in it is
+followed, and no array is read before all that the checkpoint declares of it is as the caller's tree
+needs it. Fingerprints find damage; whoever makes a checkpoint can make them too.
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import operator
 import os
 import re
@@ -28,6 +31,13 @@ import tensorstore as ts
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from lstm_flax.arguments import check, check_integer
+from lstm_flax.files import MIB, parse_json, read_regular_file, walk
+
+MOST_DESCRIPTION = 16 * MIB
+"""Bytes of each file that describes a checkpoint; ten thousand epochs take 5 MiB."""
+
+MOST_CHUNKS = 65_536
+"""Into which an array can be cut; Orbax makes one for each device that holds a part of it."""
 
 
 class CheckpointError(Exception):
@@ -68,8 +78,8 @@ def open_checkpoints(
 
     Raises:
         ValueError: `keep` is no positive integer.
-        CheckpointError: the directory can't be made or listed; or on closing, where the last save
-            failed.
+        CheckpointError: the directory can't be made or listed, or something in it is a link or far
+            too large; or on closing, where the last save failed.
     """
     check_integer("keep", keep, 1)
     policies = [preservation_policy.LatestN(keep), _Best(directory.absolute())]
@@ -79,6 +89,7 @@ def open_checkpoints(
         read_only=read_only,
         cleanup_tmp_directories=not read_only,
     )
+    _check_files(directory)
     try:
         manager = ocp.CheckpointManager(directory.absolute(), options=options)
     except OSError as error:
@@ -172,7 +183,8 @@ def restore(manager: ocp.CheckpointManager, like: Any, step: int) -> Restored:
     Args:
         manager: from `open_checkpoints`.
         like: a tree of the same structure; gives shapes, dtypes and where the arrays shall lie,
-            which may be other devices than those that saved them.
+            which may be other devices than those that saved them. Its leaves are arrays, or
+            `jax.ShapeDtypeStruct`s with a sharding.
         step: `manager.latest_step()`, `best_step(manager)` or any other.
 
     Raises:
@@ -188,10 +200,12 @@ def restore(manager: ocp.CheckpointManager, like: Any, step: int) -> Restored:
         )
     values = read_about(manager.directory, step)
     fingerprints = [leaf.pop("fingerprint") for leaf in values["leaves"].values()]
-    _check_leaves(step, values["leaves"], _describe(like))
+    wanted = _describe(like)
+    _check_leaves(step, values["leaves"], wanted)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     try:
-        _read_through(manager.directory / str(step) / "tree", num_arrays=len(fingerprints))
+        _check_size(manager.directory / str(step), like)
+        _read_through(manager.directory / str(step) / "tree", wanted)
         arguments = ocp.args.Composite(tree=ocp.args.StandardRestore(abstract))
         tree = manager.restore(step, args=arguments)["tree"]
     except Exception as error:  # whatever Orbax and TensorStore make of the remains
@@ -268,13 +282,50 @@ def read_about(directory: Path, step: int) -> dict[str, Any]:
         DamagedError: it can't be read, or is not as it was saved.
     """
     try:
-        values = json.loads((directory / str(step) / "about" / "metadata").read_text())
+        path = directory / str(step) / "about" / "metadata"
+        values = parse_json(read_regular_file(Path(path), MOST_DESCRIPTION))
         is_intact = values.pop("sha256") == _digest(values)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        is_ours = _is_description(values)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise DamagedError(f"step {step}: its description can't be read ({error})") from error
     if not is_intact:
         raise DamagedError(f"step {step}: its description does not match its digest")
+    if not is_ours:
+        raise DamagedError(f"step {step}: its description is none that `save` writes")
     return values
+
+
+def _is_description(values: dict[str, Any]) -> bool:
+    """Whether it has the parts that `save` writes, of the types that are relied on."""
+    accuracy = values["metrics"].get("validation_accuracy", 0.0)
+    return (
+        isinstance(values["about"], dict)
+        and isinstance(accuracy, int | float)
+        and not math.isnan(accuracy)
+        and all(type(leaf["fingerprint"]) is int for leaf in values["leaves"].values())
+        and all(0 <= leaf["fingerprint"] < 2**32 for leaf in values["leaves"].values())
+    )
+
+
+def _check_files(directory: Path) -> None:
+    """Check a directory of checkpoints before Orbax reads or removes anything in it."""
+    try:
+        for path, size in walk(directory.resolve()):
+            is_description = path.parent.name != "d"  # where OCDBT keeps the arrays
+            if is_description and size > MOST_DESCRIPTION:
+                raise CheckpointError(f"{path} has more than {MOST_DESCRIPTION // MIB} MiB")
+            if path.name in (".zarray", "zarr.json"):
+                raise CheckpointError(f"{path} is none of a checkpoint's files")
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} can't be used ({error.strerror})") from error
+
+
+def _check_size(folder: Path, like: Any) -> None:
+    """Check that a checkpoint's files are not far larger than its arrays."""
+    arrays = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+    files = sum(size for _, size in walk(folder))
+    if files > 2 * arrays + 64 * MIB:
+        raise ValueError(f"its files have {files / MIB:,.0f} MiB, its arrays {arrays / MIB:,.0f}")
 
 
 def _describe(tree: Any) -> dict[str, dict[str, Any]]:
@@ -325,23 +376,53 @@ def _fingerprints(tree: Any) -> jax.Array:
     return jnp.stack([fingerprint(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-def _read_through(database: Path, num_arrays: int) -> None:
+def _read_through(database: Path, wanted: dict[str, dict[str, Any]]) -> None:
     """Read all of a saved tree, so that what can't be read is found here.
 
     TensorStore says so in an exception; Orbax, which reads all arrays at once, also lets the
-    others that were under way write pages of tracebacks.
+    others that were under way write pages of tracebacks. And a chunk is laid out in memory as
+    large as it is declared to be, so that what is declared is looked at first.
     """
     for description in (database / "array_metadatas").iterdir():
-        for entry in json.loads(description.read_text())["array_metadatas"]:
+        entries = parse_json(read_regular_file(Path(description), MOST_DESCRIPTION))
+        for entry in entries["array_metadatas"]:
             if not {"param_name", "write_shape", "ext_metadata"} <= entry["array_metadata"].keys():
                 raise ValueError(f"{description.name} is damaged")
     store = {"driver": "ocdbt", "base": f"file://{database}/"}
     keys = [key.decode() for key in ts.KvStore.open(store).result().list().result()]
+    if any(key.endswith("zarr.json") for key in keys):
+        raise ValueError("it holds arrays of another format")
     paths = [key.removesuffix(".zarray") for key in keys if key.endswith(".zarray")]
-    if len(paths) != num_arrays:
-        raise ValueError(f"holds {len(paths)} of {num_arrays} arrays")
-    for path in paths:
-        ts.open({"driver": "zarr", "kvstore": store | {"path": path}}).result().read().result()
+    if len(paths) != len(wanted):
+        raise ValueError(f"holds {len(paths)} of {len(wanted)} arrays")
+    arrays = {
+        path: ts.open({"driver": "zarr", "kvstore": store | {"path": path}}).result()
+        for path in paths
+    }
+    declared = [(_as_key(path), list(a.shape), a.dtype.name) for path, a in arrays.items()]
+    expected = [(_as_key(name), leaf["shape"], leaf["dtype"]) for name, leaf in wanted.items()]
+    for there, here in zip(sorted(declared), sorted(expected), strict=True):
+        if there != here:
+            raise ValueError(f"its array {there} should be {here}")
+    for array in arrays.values():
+        _check_chunks(array)
+    for array in arrays.values():
+        array.read().result()
+
+
+def _as_key(path: str) -> str:
+    """The name of a leaf, or the place of an array, spelt alike."""
+    return path.rstrip("/").replace("/", ".")
+
+
+def _check_chunks(array: ts.TensorStore) -> None:
+    sizes = [size or 0 for size in array.chunk_layout.read_chunk.shape or ()]  # none of a scalar
+    extents = list(zip(array.shape, sizes, strict=True))
+    if not all(1 <= size <= max(length, 1) for length, size in extents):
+        raise ValueError(f"an array of {list(array.shape)} has chunks of {sizes}")
+    counts = [-(-length // size) for length, size in extents]
+    if math.prod(counts) > MOST_CHUNKS:
+        raise ValueError(f"an array of {list(array.shape)} has {math.prod(counts):,} chunks")
 
 
 def _digest(values: Any) -> str:

@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from small_runs import finish, read_eval, read_lines, read_until, start
@@ -111,6 +112,18 @@ def start_two(data_dir, workdir, *flags):
     ]
 
 
+def listening(port):
+    """The IPv4 addresses at which this machine listens on a port; `::` where it is on all."""
+    found = []
+    for name, any_address in (("tcp", None), ("tcp6", "::")):
+        for line in Path("/proc/net", name).read_text().splitlines()[1:]:
+            (address, local), state = line.split()[1].split(":"), line.split()[3]
+            if state == "0A" and int(local, 16) == port:
+                numbers = bytes.fromhex(address)[::-1]
+                found.append(any_address or ".".join(map(str, numbers)))
+    return found
+
+
 def test_two_processes_train_what_one_does(data_dir, on_one_device, tmp_path):
     processes = start_two(data_dir, tmp_path)
     outputs = [process.communicate(timeout=300)[0] for process in processes]
@@ -126,6 +139,8 @@ def test_two_processes_train_what_one_does(data_dir, on_one_device, tmp_path):
 def test_a_request_to_stop_reaches_all_processes(data_dir, on_one_device, tmp_path):
     first, second = start_two(data_dir, tmp_path)
     read_until(first, "epoch 1/3")
+    coordinator = first.args[first.args.index("--coordinator") + 1]
+    assert listening(int(coordinator.rpartition(":")[2])) == ["127.0.0.1"]
     second.terminate()
     outputs = [process.communicate(timeout=60)[0] for process in (first, second)]
     assert [process.returncode for process in (first, second)] == [143, 143], outputs

@@ -20,8 +20,8 @@ from experiments import mnist_lstm
 from experiments.__main__ import list_experiments
 from experiments.command import command
 from experiments.config import Config
+from experiments.run_files import replacing
 from experiments.usage import UsageError, command_line, counted, read_flags
-from experiments.whole_files import replacing
 
 COMMANDS = [name.removeprefix("experiments.") for name in list_experiments()]
 TINY_SIZES = '{"batch": 8, "steps": 4, "hidden": 16, "layers": 1}'

@@ -206,7 +206,7 @@ def test_a_pipe_or_a_device_in_place_of_a_file_is_not_read(run, workdir, name, m
     (workdir / name).unlink()
     make(workdir / name)
     if name == "config.json":
-        refused(run("--workdir", workdir), f"{workdir}/config.json can't be read (")
+        refused(run("--workdir", workdir), f"{workdir}/config.json can't be used (it is ")
     else:
         assert run_files.read_lines(workdir / name) == []
 
@@ -246,11 +246,11 @@ def test_a_workdir_that_is_a_link_to_nowhere(run, tmp_path):
 
 def test_an_evaluation_that_cannot_be_written_is_printed_all_the_same(run, workdir):
     (workdir / "eval.json").unlink()
-    (workdir / "eval.json.partial").mkdir()  # as root may write what is read-only
+    (workdir / "eval.json").mkdir()  # as root may write what is read-only
     status, output, error = run("--workdir", workdir, "--eval-only")
     assert status == 0
     assert "test accuracy" in output
-    assert error == f"warning: {workdir}/eval.json can't be written (Is a directory)\n"
+    assert error == f"warning: {workdir}/eval.json can't be written (it is not a regular file)\n"
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ def repeat(path):
         ("metrics.jsonl", nest, "nested too deeply"),
         ("metrics.jsonl", repeat, "line 3: its epoch comes again"),
         ("metrics.jsonl", os.mkfifo, "not a regular file"),
-        ("metrics.jsonl", lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+        ("metrics.jsonl", lambda path: path.symlink_to("/dev/zero"), "it is a link"),
         ("metrics.jsonl", lambda path: (path.touch(), os.truncate(path, 2**33)), "than 8 MiB"),
         ("eval.json", nest, "nested too deeply"),
         ("eval.json", os.mkfifo, "not a regular file"),

@@ -3,6 +3,7 @@ and what it was trained with."""
 
 import json
 import shutil
+import struct
 import sys
 
 import jax
@@ -131,6 +132,17 @@ def test_what_is_broken_in_an_event_file_is_cut_off(uninterrupted, tmp_path):
         assert whole.startswith(path.read_bytes())
     assert cut_after(path, -1) == []
     assert path.read_bytes() == b""
+
+
+def test_an_event_file_that_claims_much_or_holds_no_event_is_cut_off(tmp_path):
+    from tensorboardX.record_writer import masked_crc32c
+
+    for size, event in ((2**60, b""), (9, b"\xff" * 9)):
+        parts = (struct.pack("<Q", size), event)
+        content = [part + struct.pack("<I", masked_crc32c(part)) for part in parts]
+        (tmp_path / "events").write_bytes(b"".join(content))
+        assert cut_after(tmp_path / "events", 99) == []
+        assert (tmp_path / "events").read_bytes() == b""
 
 
 def test_without_the_package_there_is_one_line(run, tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from experiments.benchmark.cases import QUICK, STAR, Case, parse_case
 from experiments.benchmark.measure import MODES, PeerError, Settings, measure
 from experiments.benchmark.peers import OURS, PEERS
 from experiments.command import command
+from experiments.run_files import replacing
 from experiments.usage import (
     DatasetName,
     UsageError,
@@ -34,7 +35,6 @@ from experiments.usage import (
     read_flags,
     tell,
 )
-from experiments.whole_files import replacing
 
 
 @dataclasses.dataclass(frozen=True)

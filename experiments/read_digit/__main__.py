@@ -23,7 +23,7 @@ from experiments.read_digit.reading import (
     settled_row,
 )
 from experiments.restored import RestoredRun, classify, restore_row_reader
-from experiments.run_files import RunFilesError
+from experiments.run_files import RunFilesError, figures_path
 from experiments.usage import (
     DataPlaces,
     UsageError,
@@ -85,7 +85,7 @@ def run(options: Options) -> None:
             f"--index must be less than {len(test.labels)}, the number of test images of "
             f"{dataset}, but is {options.index}"
         )
-    folder = make_folder(options.figures or options.workdir / "figures", "figures")
+    folder = make_folder(options.figures or figures_path(options.workdir), "figures")
     drawn = show_reading(trained, test, options.index, folder)
     if options.mistakes:
         drawn += show_mistakes(trained, test, options.mistakes, folder)

@@ -18,7 +18,7 @@ import tyro
 from experiments.command import command
 from experiments.report.gather import gather, read_test_sets
 from experiments.restored import read_config
-from experiments.run_files import RunFilesError, writing
+from experiments.run_files import RunFilesError, replacing, report_path, writing
 from experiments.usage import DataPlaces, UsageError, check_packages, fail, printable, read_flags
 
 
@@ -66,11 +66,12 @@ def run(options: Options) -> None:
     for workdir in options.workdirs:
         print(f"reading  them with {printable(workdir)}", flush=True)
         runs.append(gather(workdir, test_sets))
-    path = options.output or options.workdirs[0] / "report.html"
+    path = options.output or report_path(options.workdirs[0])
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A name that no encoding has may be on the page.
-        path.write_text(page.render(runs), encoding="utf-8", errors="replace")
+        with replacing(path) as new:
+            # A name that no encoding has may be on the page.
+            new.write_text(page.render(runs), encoding="utf-8", errors="replace")
     for run in runs:
         for line in run.missing:
             print(f"missing  {printable(run.workdir)}: {printable(line)}")

@@ -10,14 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments import run_files
-from experiments.regular_file import MIB, read_regular_file
+from experiments.config import MOST_EPOCHS
 from experiments.run_files import RunFilesError
-
-MOST_BYTES = 8 * MIB
-"""Of a file; a line an epoch takes 400 bytes."""
-
-MOST_EPOCHS = 10_000
-"""Of a run; the page draws a point for each."""
 
 MOST_STARTS, MOST_FACTS = 1_000, 100
 """How often a run can have been started, and how many things are told about the environment."""
@@ -150,7 +144,7 @@ def _object(place: str, text: bytes) -> dict[str, Any] | None:
 
 def _read(path: Path) -> bytes:
     try:
-        return read_regular_file(path, MOST_BYTES)
+        return run_files.read_bytes(path)
     except FileNotFoundError:
         return b""
     except OSError as error:

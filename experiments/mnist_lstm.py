@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(parse(argv), stopping.REQUESTS)
     except (UsageError, RunFilesError, TrainingError, DataError, CheckpointError) as error:
         return processes.fail(error)
+    except BrokenPipeError:
+        raise  # nobody reads any more: `command` ends without a word
     except OSError as error:
         return processes.fail(UsageError(os_reason(error)))
     except jax.errors.JaxRuntimeError as error:

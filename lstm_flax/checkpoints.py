@@ -94,6 +94,10 @@ def open_checkpoints(
         manager = ocp.CheckpointManager(directory.absolute(), options=options)
     except OSError as error:
         raise CheckpointError(f"{directory} can't be opened ({error.strerror})") from error
+    except jax.errors.JaxRuntimeError:
+        raise  # another process failed
+    except Exception as error:  # whatever Orbax makes of what it keeps there for itself
+        raise CheckpointError(f"{directory} can't be opened ({_brief(error)})") from error
     try:
         yield manager
     except BaseException:
@@ -388,6 +392,9 @@ def _read_through(database: Path, wanted: dict[str, dict[str, Any]]) -> None:
         for entry in entries["array_metadatas"]:
             if not {"param_name", "write_shape", "ext_metadata"} <= entry["array_metadata"].keys():
                 raise ValueError(f"{description.name} is damaged")
+    formats = parse_json(read_regular_file(Path(database / "_METADATA"), MOST_DESCRIPTION))
+    if formats.get("use_zarr3") or not formats.get("use_ocdbt", True):
+        raise ValueError("it holds arrays of another format")
     store = {"driver": "ocdbt", "base": f"file://{database}/"}
     keys = [key.decode() for key in ts.KvStore.open(store).result().list().result()]
     if any(key.endswith("zarr.json") for key in keys):

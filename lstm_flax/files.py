@@ -10,6 +10,9 @@ from typing import Any
 
 MIB = 2**20
 
+DEEPEST = 32
+"""How many folders may lie in each other; what removes thousands of them may fail half-way."""
+
 
 def read_regular_file(path: Path, at_most: int, *, follow: bool = False) -> bytes:
     """Read a whole file. A named pipe might never begin, and a device might never end.
@@ -74,19 +77,23 @@ def walk(path: Path) -> Iterator[tuple[Path, int]]:
     Folders that may not be looked into are left out: nothing in them can be opened either.
 
     Raises:
-        OSError: one is a link, or neither a file nor a folder; the error names it.
+        OSError: one is a link, or neither a file nor a folder, or lies too deep; the error names
+            it.
     """
-    waiting = [path]
+    root, waiting = path, [path]
     while waiting:
         path = waiting.pop()
         try:
             status = os.lstat(path)
-            if stat.S_ISDIR(status.st_mode):
+            is_deep = len(path.parts) - len(root.parts) > DEEPEST
+            if stat.S_ISDIR(status.st_mode) and not is_deep:
                 waiting += (path / name for name in sorted(os.listdir(path), reverse=True))
                 continue
         except (FileNotFoundError, PermissionError):  # who else uses the folder may remove some
             continue
         try:
+            if is_deep:
+                raise OSError(errno.ELOOP, "it lies too deep")
             check_regular(status)
         except OSError as error:
             raise OSError(error.errno, error.strerror, os.fspath(path)) from None

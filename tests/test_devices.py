@@ -1,6 +1,7 @@
 """One code path for any number of devices and processes."""
 
 import contextlib
+import ipaddress
 import os
 import re
 import socket
@@ -113,14 +114,15 @@ def start_two(data_dir, workdir, *flags):
 
 
 def listening(port):
-    """The IPv4 addresses at which this machine listens on a port; `::` where it is on all."""
+    """The addresses at which this machine listens on a port."""
     found = []
-    for name, any_address in (("tcp", None), ("tcp6", "::")):
+    for name in ("tcp", "tcp6"):
         for line in Path("/proc/net", name).read_text().splitlines()[1:]:
             (address, local), state = line.split()[1].split(":"), line.split()[3]
             if state == "0A" and int(local, 16) == port:
-                numbers = bytes.fromhex(address)[::-1]
-                found.append(any_address or ".".join(map(str, numbers)))
+                words = re.findall("." * 8, address)  # each of four bytes, the last one first
+                there = ipaddress.ip_address(b"".join(bytes.fromhex(w)[::-1] for w in words))
+                found.append(str(getattr(there, "ipv4_mapped", None) or there))
     return found
 
 

@@ -190,6 +190,13 @@ def socket_at(path):
             os.chdir(before)
 
 
+def test_folders_that_can_not_be_removed_are_refused(folder, end):
+    deepest = folder / "checkpoints" / "15.orbax-checkpoint-tmp" / "/".join("d" * 40)
+    deepest.mkdir(parents=True)
+    for command in ALL:
+        assert_refused(end(command), "can't be used (it lies too deep)")
+
+
 def test_the_workdir_itself_may_be_a_link(folder, end):
     folder.rename(folder.parent / "elsewhere")
     folder.symlink_to(folder.parent / "elsewhere")
@@ -210,10 +217,7 @@ def test_a_lock_with_a_second_name_is_not_emptied(folder, end):
 
 
 def change_config(**values):
-    def change(path):
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-    return change
+    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def huge(path):
@@ -274,6 +278,11 @@ def declare(**values):
     return edit
 
 
+def change(name, **values):
+    """An edit of one of Orbax's own files."""
+    return lambda step: change_config(**values)(step / name)
+
+
 def of_the_run(**values):
     return change_description(lambda all_: all_["about"].update(values))
 
@@ -286,6 +295,10 @@ def of_the_run(**values):
         (lambda step: huge(step / "tree" / "_METADATA"), "has more than 16 MiB"),
         (lambda step: huge(step / "tree" / "d" / "more"), "its files have 32,768 MiB"),
         (lambda step: (step / "tree" / ".zarray").touch(), "is none of a checkpoint's files"),
+        (change("_CHECKPOINT_METADATA", metrics=5), "checkpoints can't be opened (Object must be"),
+        (lambda step: write("[" * 200_000)(step / "_CHECKPOINT_METADATA"), "can't be opened (max"),
+        (change("tree/_METADATA", use_zarr3=True), "of another format"),
+        (change("tree/_METADATA", use_ocdbt=False), "of another format"),
         (change_description(lambda all_: all_.update(about="x")), "none that `save` writes"),
         (change_description(lambda all_: all_.update(leaves=5)), "can't be read"),
         (

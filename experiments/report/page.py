@@ -12,6 +12,7 @@ import numpy as np
 from experiments.console import accuracy_interval
 from experiments.report import figures
 from experiments.report.gather import Gathered, Result, Score, differing_flags
+from experiments.usage import counted
 
 MISTAKES = 12
 """How many of a run's mistakes are shown."""
@@ -124,11 +125,6 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
-
-
-def counted(number: int, noun: str) -> str:
-    """So many of a thing."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def cells(confusion: np.ndarray) -> list[list[Cell]]:

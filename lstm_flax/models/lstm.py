@@ -192,7 +192,6 @@ class LSTMStack(RecurrentStack):
         """Refuse values that attributes can't have."""
         super().check_attributes()
         check_rate("zoneout_cell", self.zoneout_cell, may_be_one=True)
-        check_integer("proj_size", self.proj_size, lowest=0, below=self.hidden_size)
 
     def make_cell(self, name: str | None) -> LSTMCell:
         """Make the cell of one layer and direction."""
@@ -217,7 +216,7 @@ class LSTMStack(RecurrentStack):
             "recurrent_dropout": self.recurrent_dropout and not deterministic,
             f"products in {dtype.name}": dtype.name not in native.DTYPES,
             "an odd hidden_size in bfloat16": dtype == jnp.bfloat16 and self.hidden_size % 2,
-            "gates are asked for": self.scope and self.is_mutable_collection("gates"),
+            "gates are asked for": self.is_asked_for_gates(),
             "a symbolic shape": not all(isinstance(size, int) for size in x.shape),
             "nothing to compute": 0 in x.shape,
             "not on a CPU": jax.default_backend() != "cpu",

@@ -122,7 +122,7 @@ def forward(x, kernel_ih, kernel_hh, bias, h_0, c_0, lengths, *, reverse, precis
         shown = (new_h, jnp.concatenate([i, f, g, o], axis=-1), new_c) if keep else (new_h,)
         return carry, tuple(jnp.where(is_valid, y, jnp.zeros_like(y)) for y in shown)
 
-    steps = (x.swapaxes(0, 1), _is_valid(lengths, x.shape[1]).T[:, :, None])
+    steps = (x.swapaxes(0, 1), is_valid_step(lengths, x.shape[1]).T[:, :, None])
     (h_n, c_n), shown = jax.lax.scan(step, (h_0, c_0), steps, reverse=reverse)
     outputs, *kept = (y.swapaxes(0, 1) for y in shown)
     return outputs, h_n, c_n, *kept
@@ -152,7 +152,7 @@ def gate_gradients(
         carry = tuple(jnp.where(is_valid, *pair) for pair in zip(earlier, carry, strict=True))
         return carry, jnp.where(is_valid, d_gate, jnp.zeros_like(d_gate))
 
-    is_valid = _is_valid(lengths, time)[:, :, None]
+    is_valid = is_valid_step(lengths, time)[:, :, None]
     before = _step_before(cells, c_0, lengths, reverse)
     steps = [a.swapaxes(0, 1) for a in (d_outputs, gates, cells, before, is_valid)]
     last = d_h_n.astype(d_c_n.dtype), d_c_n
@@ -191,17 +191,16 @@ def tangents(*arrays, moving, reverse, precision):
         moving: positions of the operands that the tangents are of; those of the others are zero.
         reverse, precision: as for `forward`.
     """
-    operands, along = list(arrays[: len(Operands._fields)]), arrays[len(arrays) - len(moving) :]
+    operands, along = arrays[: len(Operands._fields)], arrays[len(arrays) - len(moving) :]
 
     def move(*moved):
-        for position, array in zip(moving, moved, strict=True):
-            operands[position] = array
-        return forward(*operands, reverse=reverse, precision=precision, keep=False)
+        operands_there = _replaced(operands, moving, moved)
+        return forward(*operands_there, reverse=reverse, precision=precision, keep=False)
 
     return jax.jvp(move, tuple(operands[k] for k in moving), tuple(along))[1]
 
 
-def _is_valid(lengths: jax.Array, time: int) -> jax.Array:
+def is_valid_step(lengths: jax.Array, time: int) -> jax.Array:
     """Bool [batch, time]: not in the padding."""
     return jnp.arange(time, dtype=lengths.dtype)[None] < lengths[:, None]
 

@@ -62,11 +62,6 @@ class RNNStack(RecurrentStack):
 
     nonlinearity: Literal["tanh", "relu"] = "tanh"
 
-    def check_attributes(self) -> None:
-        """Refuse values that attributes can't have."""
-        super().check_attributes()
-        check_choice("nonlinearity", self.nonlinearity, tuple(_NONLINEARITIES))
-
     def make_cell(self, name: str | None) -> RNNCell:
         """Make the cell of one layer and direction."""
         return RNNCell(self.hidden_size, nonlinearity=self.nonlinearity, **self.cell_options(name))

@@ -21,11 +21,11 @@ from lstm_flax.arguments import (
     as_array,
     as_floats,
     check_choice,
-    check_floating,
     check_integer,
     check_rate,
 )
 from lstm_flax.models.cell import RecurrentCell, check_carry, glorot_uniform, note, orthogonal
+from lstm_flax.models.lstm_layer import is_valid_step
 
 logger = logging.getLogger("lstm_flax")
 
@@ -113,13 +113,11 @@ class RecurrentStack(nn.Module):
         Raises:
             ValueError: one of them has such a value.
         """
-        check_integer("hidden_size", self.hidden_size)
+        self.make_cell(None)  # which checks what is its own
         check_integer("num_layers", self.num_layers)
         check_rate("dropout", self.dropout, may_be_one=True)
         check_rate("recurrent_dropout", self.recurrent_dropout)
         check_rate("zoneout", self.zoneout, may_be_one=True)
-        check_floating("dtype", self.dtype)
-        check_floating("param_dtype", self.param_dtype)
         check_choice("implementation", self.implementation, IMPLEMENTATIONS)
 
     def make_cell(self, name: str | None) -> RecurrentCell:
@@ -221,7 +219,7 @@ class RecurrentStack(nn.Module):
         is_native = self._is_native(x, deterministic)
         # A scan outside of `jax.jit` would compile anew at each call.
         is_eager = not isinstance(x, jax.core.Tracer) and deterministic
-        if is_eager and not (self.is_initializing() or self._is_asked_for_gates()):
+        if is_eager and not (self.is_initializing() or self.is_asked_for_gates()):
             return self._run_compiled(x, initial_carry, seq_lengths, is_native=is_native)
         return self._run(x, initial_carry, seq_lengths, is_native, deterministic)
 
@@ -272,8 +270,10 @@ class RecurrentStack(nn.Module):
             x = jnp.concatenate(outputs, axis=-1) if self.bidirectional else outputs[0]
         return x, _join_layers(final)
 
-    def _is_asked_for_gates(self) -> bool:
-        return not self.is_initializing() and self.is_mutable_collection("gates")
+    def is_asked_for_gates(self) -> bool:
+        """Whether this call is to keep the gates: `apply(..., mutable="gates")`."""
+        is_bound = self.scope is not None and not self.is_initializing()
+        return is_bound and self.is_mutable_collection("gates")
 
     @property
     def _time_axis(self) -> int:
@@ -304,10 +304,8 @@ class RecurrentStack(nn.Module):
         """`(x, is_valid)`: zeros for padding, and bool [batch, time] or [time, batch] as x is."""
         if lengths is None:
             return x, None
-        steps = jnp.arange(x.shape[self._time_axis], dtype=jnp.int32)
-        is_valid = (
-            steps[:, None] < lengths[None] if self.time_major else steps[None] < lengths[:, None]
-        )
+        is_valid = is_valid_step(lengths, x.shape[self._time_axis])
+        is_valid = is_valid.T if self.time_major else is_valid
         # Not even a NaN in the padding may come back as 0 x NaN in a gradient.
         return jnp.where(is_valid[:, :, None], x, jnp.zeros_like(x)), is_valid
 
@@ -329,7 +327,7 @@ class RecurrentStack(nn.Module):
             in_axes=(axis, axis, nn.broadcast),
             out_axes=axis,
             reverse=reverse,
-        )(tuple(cells), self.zoneout_rates(), deterministic, self._is_asked_for_gates())
+        )(tuple(cells), self.zoneout_rates(), deterministic, self.is_asked_for_gates())
         batch = x.shape[1 - axis]
         masks = tuple(self._hidden_mask(cell, batch, deterministic) for cell in cells)
         final, (outputs, shown) = step(tuple(carries), x, is_valid, masks)

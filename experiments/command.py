@@ -5,18 +5,20 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import absl.logging
 
-from experiments import streams
-from experiments.usage import UsageError, fail
+from experiments import streams, usage
+from experiments.usage import UsageError
 
 Main = Callable[..., int]
+Fail = Callable[[Exception], int]
 
 
-def command(*refusals: type[Exception]) -> Callable[[Main], Main]:
+def command(*refusals: type[Exception], fail: Fail = usage.fail) -> Callable[[Main], Main]:
     """Decorate a command's `main`, so that it returns 2 after one line where it can't go on.
 
     Such are a `UsageError`, the errors that are named here, those of the operating system, too
@@ -25,6 +27,7 @@ def command(*refusals: type[Exception]) -> Callable[[Main], Main]:
 
     Args:
         refusals: errors whose message says what to do.
+        fail: says why the command ends, and returns its status.
     """
 
     def decorate(main: Main) -> Main:
@@ -34,7 +37,7 @@ def command(*refusals: type[Exception]) -> Callable[[Main], Main]:
             streams.replace_unencodable()
             quieten()
             try:
-                return _in_one_line(main, argv, (UsageError, *refusals))
+                return _in_one_line(main, argv, (UsageError, *refusals), fail)
             except BrokenPipeError:
                 return 128 + signal.SIGPIPE
             finally:
@@ -48,11 +51,14 @@ def command(*refusals: type[Exception]) -> Callable[[Main], Main]:
 def quieten() -> None:
     """Silence what libraries log beside what they raise, or of no use to who runs a command."""
     absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax and tfds
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Orbax's event loop
+    # What a failed save of Orbax leaves.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it keeps its list of fonts
 
 
 def _in_one_line(
-    main: Main, argv: Sequence[str] | None, refusals: tuple[type[Exception], ...]
+    main: Main, argv: Sequence[str] | None, refusals: tuple[type[Exception], ...], fail: Fail
 ) -> int:
     try:
         try:

@@ -2,12 +2,10 @@
 
 import contextlib
 import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import absl.logging
 import jax
 from scipy.stats import binomtest
 from tqdm import tqdm
@@ -19,12 +17,6 @@ def warn(message: str) -> None:
     """Say what the run could deal with and a person should know."""
     if jax.process_index() == 0:
         print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
-
-
-def quiet_orbax() -> None:
-    """Silence what Orbax logs as errors, since it also raises it, and what a failed save leaves."""
-    absl.logging.set_verbosity(absl.logging.FATAL)
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 @contextlib.contextmanager

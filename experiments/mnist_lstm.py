@@ -8,7 +8,6 @@ cores.
 
 import dataclasses
 import itertools
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,9 +20,9 @@ import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
 
 from experiments import environment, from_config, loop, processes, run_files, stopping
-from experiments.command import command, os_reason
+from experiments.command import command
 from experiments.config import Config, of_the_run, parse
-from experiments.console import print_summary, quiet_orbax, warn, without_echoes
+from experiments.console import print_summary, warn, without_echoes
 from experiments.loop import TrainingError
 from experiments.position import Position, Run, Saved, check_epochs, resume
 from experiments.run_files import RunFilesError
@@ -35,20 +34,12 @@ from lstm_flax.data import DataError
 from lstm_flax.training import Keys
 
 
-@command()
+@command(RunFilesError, TrainingError, DataError, CheckpointError, fail=processes.fail)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the experiment from a command line; returns the exit status."""
-    quiet_orbax()
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # the same, of Orbax's event loop
     try:
         with without_echoes():
             run(parse(argv), stopping.REQUESTS)
-    except (UsageError, RunFilesError, TrainingError, DataError, CheckpointError) as error:
-        return processes.fail(error)
-    except BrokenPipeError:
-        raise  # nobody reads any more: `command` ends without a word
-    except OSError as error:
-        return processes.fail(UsageError(os_reason(error)))
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise

@@ -24,7 +24,7 @@ from experiments.console import warn
 from experiments.digit_image import ENDINGS, DigitImageError, read_digit_image
 from experiments.restored import RestoredRun, classifier, restore_run
 from experiments.run_files import RunFilesError
-from experiments.usage import UsageError, fail, printable, read_flags
+from experiments.usage import UsageError, printable, read_flags
 from lstm_flax.checkpoints import CheckpointError
 
 PATIENCE = 0.2
@@ -43,16 +43,13 @@ class Options:
     """Print a line of JSON a picture, with the probabilities of all classes."""
 
 
-@command()
+@command(RunFilesError, CheckpointError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Predict from a command line; returns the exit status."""
     options = read_flags(Options, argv, name="predict", description=__doc__)
     if not options.pictures:
-        return fail(UsageError("name the pictures to read, files or folders"))
-    try:
-        trained = restore_run(options.workdir)
-    except (RunFilesError, CheckpointError) as error:
-        return fail(error)
+        raise UsageError("name the pictures to read, files or folders")
+    trained = restore_run(options.workdir)
     return 2 if predict(trained, options) else 0
 
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import from_config, run_files
+from experiments.command import quieten
 from experiments.config import Config, stored_config
-from experiments.console import quiet_orbax, warn
+from experiments.console import warn
 from experiments.position import Position
 from experiments.run_files import RunFilesError
 from experiments.usage import UsageError, command_line
@@ -37,7 +38,7 @@ def restore_run(workdir: Path) -> RestoredRun:
         RunFilesError: there is no run in the workdir, or its config.json can't be read.
         CheckpointError: it has no checkpoint that can be restored.
     """
-    quiet_orbax()
+    quieten()  # it is called without a command, too
     config = read_config(workdir)
     directory = run_files.checkpoints_path(workdir)
     if not directory.is_dir():

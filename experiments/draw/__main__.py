@@ -19,7 +19,7 @@ from pathlib import Path
 from experiments.command import command
 from experiments.restored import RestoredRun, restore_row_reader
 from experiments.run_files import RunFilesError
-from experiments.usage import UsageError, check_packages, fail, printable, read_flags
+from experiments.usage import UsageError, check_packages, printable, read_flags
 from lstm_flax.checkpoints import CheckpointError
 
 ANY_HOST = ("0.0.0.0", "")
@@ -43,17 +43,14 @@ class Options:
     """Open the page in a browser."""
 
 
-@command()
+@command(RunFilesError, CheckpointError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve the page from a command line, until Ctrl-C; returns the exit status."""
     options = read_flags(Options, argv, name="draw", description=__doc__)
-    try:
-        check_packages("draw", "nicegui", "ifaddr", "matplotlib")
-        port = find_port(options)
-        print(f"restoring {printable(options.workdir)}, and compiling it for the page", flush=True)
-        trained = restore_row_reader(options.workdir)
-    except (UsageError, RunFilesError, CheckpointError) as error:
-        return fail(error)
+    check_packages("draw", "nicegui", "ifaddr", "matplotlib")
+    port = find_port(options)
+    print(f"restoring {printable(options.workdir)}, and compiling it for the page", flush=True)
+    trained = restore_row_reader(options.workdir)
     serve(trained, options.host, port, options.browser)
     return 0
 

@@ -29,7 +29,6 @@ from experiments.usage import (
     UsageError,
     check_at_least,
     check_packages,
-    fail,
     make_folder,
     printable,
     read_flags,
@@ -53,15 +52,12 @@ class Options(DataPlaces):
     """Folder of the figures; None is the folder figures in the workdir."""
 
 
-@command()
+@command(RunFilesError, CheckpointError, DataError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Read a digit from a command line; returns the exit status."""
     options = read_flags(Options, argv, name="read_digit", description=__doc__)
-    try:
-        check(options)
-        run(options)
-    except (UsageError, RunFilesError, CheckpointError, DataError) as error:
-        return fail(error)
+    check(options)
+    run(options)
     return 0
 
 

@@ -19,7 +19,7 @@ from experiments.command import command
 from experiments.report.gather import gather, read_test_sets
 from experiments.restored import read_config
 from experiments.run_files import RunFilesError, replacing, report_path, writing
-from experiments.usage import DataPlaces, UsageError, check_packages, fail, printable, read_flags
+from experiments.usage import DataPlaces, UsageError, check_packages, printable, read_flags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,15 +32,12 @@ class Options(DataPlaces):
     """The page; None is report.html in the first workdir."""
 
 
-@command()
+@command(RunFilesError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Write a report from a command line; returns the exit status."""
     options = read_flags(Options, argv, name="report", description=__doc__)
-    try:
-        check(options)
-        run(options)
-    except (UsageError, RunFilesError) as error:
-        return fail(error)
+    check(options)
+    run(options)
     return 0
 
 

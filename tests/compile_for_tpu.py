@@ -35,7 +35,7 @@ def placed(tree, mesh, spec):
 def main(topology, chips_per_host, precision, batch_size):
     config = Config(precision=precision, batch_size=int(batch_size))
     model, tx = from_config.model(config), from_config.optimizer(config, num_images=60_000)
-    # What "auto" chooses is for this machine, not for the one that it is compiled for.
+    # XLA counts the scan's FLOPs, and not those of kernels.
     model = model.clone(core=model.core.clone(implementation="scan"))
     sample = jnp.zeros((1, 28, 28))
     state = jax.eval_shape(

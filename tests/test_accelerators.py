@@ -70,7 +70,7 @@ def test_train_and_eval_step_compile_for_tpu_v5e(topology, chips, precision):
 def test_train_and_eval_step_lower_for(platform):
     config = Config(batch_size=8, hidden_size=16)
     model, tx = from_config.model(config), from_config.optimizer(config, num_images=80)
-    # What "auto" chooses is for this machine, not for the one that it is lowered for.
+    # The scan, whose products XLA may round.
     model = model.clone(core=model.core.clone(implementation="scan"))
     sample = jnp.zeros((8, 28, 28), jnp.uint8)
     key = jax.random.key(0)

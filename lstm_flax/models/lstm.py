@@ -1,4 +1,4 @@
-"""The LSTM: its cell, and a stack of them, which a native kernel can run."""
+"""The LSTM: its cell, and a stack of them, which kernels can run."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
 from lstm_flax.arguments import check_integer, check_rate
-from lstm_flax.models import native
 from lstm_flax.models.cell import RecurrentCell, Weights
-from lstm_flax.models.lstm_layer import Operands, lstm_layer
+from lstm_flax.models.lstm_layer import KERNELS, Operands, lstm_layer
 from lstm_flax.models.stack import RecurrentStack
 
 LSTMCarry = tuple[jax.Array, jax.Array]
@@ -175,10 +174,11 @@ class LSTMStack(RecurrentStack):
         kernel_init, recurrent_init, bias_init, dtype, param_dtype, precision: the cell's.
         implementation: "scan" is the plain `nn.scan` of cells, which the others are equal to;
             "native" is the kernel in `lstm_flax.models.native`, for one CPU, in float32, and in
-            bfloat16 where the CPU multiplies that; "auto"
-            takes the faster one that the options and the machine allow. Where "native" is asked
-            for and impossible, a warning says why, and it scans; "auto" logs that to the logger
-            "lstm_flax".
+            bfloat16 where the CPU multiplies that; "pallas" is the one in
+            `lstm_flax.models.pallas_tpu`, for a TPU. "auto" takes whichever there is for the
+            platform that the program is compiled for, be it this machine's or not. Where one is
+            asked for by name and impossible, a warning says why, and it scans; "auto" logs that
+            to the logger "lstm_flax".
 
     Raises:
         ValueError: an attribute has a value that it can't have; the message gives its bounds.
@@ -201,8 +201,8 @@ class LSTMStack(RecurrentStack):
         """The rates for `(h, c)`."""
         return self.zoneout, self.zoneout_cell
 
-    def why_not_native(self, x: jax.Array, deterministic: bool = True) -> str | None:
-        """Say in a few words why `__call__` scans in place of the native kernel; None: it won't.
+    def why_not_layer(self, x: jax.Array, deterministic: bool = True) -> str | None:
+        """Say in a few words why `__call__` scans cells wherever it runs; None: it won't.
 
         Args:
             x: what it would be called with.
@@ -214,21 +214,42 @@ class LSTMStack(RecurrentStack):
             "proj_size": self.proj_size,
             "zoneout": self.zoneout or self.zoneout_cell,
             "recurrent_dropout": self.recurrent_dropout and not deterministic,
-            f"products in {dtype.name}": dtype.name not in native.DTYPES,
-            "an odd hidden_size in bfloat16": dtype == jnp.bfloat16 and self.hidden_size % 2,
+            f"products in {dtype.name}": dtype.name not in ("float32", "bfloat16"),
             "gates are asked for": self.is_asked_for_gates(),
             "a symbolic shape": not all(isinstance(size, int) for size in x.shape),
             "nothing to compute": 0 in x.shape,
-            "not on a CPU": jax.default_backend() != "cpu",
             "several devices": jax.device_count() > 1,
         }
-        found = [reason for reason, applies in reasons.items() if applies]
-        return found[0] if found else native.unavailable(dtype)
+        return next((reason for reason, applies in reasons.items() if applies), None)
 
-    def run_native(
+    def why_no_kernel(self, x: jax.Array, platform: str) -> str | None:
+        """Say in a few words why a platform has no kernel for x; None: it has one."""
+        if platform not in KERNELS:
+            return f"there is none for {platform}"
+        batch, time, features = x.swapaxes(0, 1).shape if self.time_major else x.shape
+        deeper = [self.hidden_size * (1 + self.bidirectional)] if self.num_layers > 1 else []
+        for size in (features, *deeper):
+            sample = jax.ShapeDtypeStruct((batch, time, size), x.dtype)
+            reason = KERNELS[platform].why_not("forward", jax.eval_shape(self._sample, sample))
+            if reason:
+                return reason
+        return None
+
+    def _sample(self, x: jax.Array) -> Operands:
+        """Operands of a layer over x [batch, time, features], for their shapes and dtypes."""
+        cell = self.make_cell(None)
+        h_0, c_0 = cell.initialize_carry(None, (len(x), x.shape[-1]))
+        gates = jnp.zeros(4 * self.hidden_size, c_0.dtype)
+        kernel_ih, kernel_hh = (
+            jnp.broadcast_to(gates, (size, len(gates))) for size in (x.shape[-1], h_0.shape[-1])
+        )
+        lengths = jnp.zeros(len(x), jnp.int32)
+        return Operands(x.astype(h_0.dtype), kernel_ih, kernel_hh, gates, h_0, c_0, lengths)
+
+    def run_layer(
         self, cell: RecurrentCell, carry: LSTMCarry, x: jax.Array, lengths: jax.Array, reverse: bool
     ) -> tuple[LSTMCarry, jax.Array]:
-        """Run one layer and direction over x [batch, time, features] by its native kernel."""
+        """Run one layer and direction over x [batch, time, features] as one operation."""
         weights = cell.weights(x.shape[-1], kernel_dtype=cell.state_dtype)
         no_bias = jnp.zeros(4 * self.hidden_size, cell.state_dtype)
         operands = Operands(

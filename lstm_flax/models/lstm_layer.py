@@ -11,11 +11,13 @@ This is the only file that knows about transformations, so that no kernel has to
   definitions.
 - `vmap` folds the mapped axis into the batch where the weights are not mapped.
 - Lowering picks the kernel by the platform that the program is for, not by that of this machine.
+  Where there is one that can't take the operands, a line to the logger "lstm_flax" says why.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +25,23 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lstm_flax.models import native
+from lstm_flax.models import native, pallas_tpu
+
+logger = logging.getLogger("lstm_flax")
 
 Arrays = Sequence[jax.Array]
+
+
+class Kernels(Protocol):
+    """A module of functions for one platform, each with a definition's name and its arguments."""
+
+    PLATFORM: str
+    """As `jax.jit(...).trace(...).lower(lowering_platforms=...)` calls it."""
+    CAN_BE_EXPORTED: bool
+    """Whether what they are lowered to runs on another machine of the platform."""
+
+    def why_not(self, part: str, operands: Arrays) -> str | None:
+        """Why the function called `part` can't take these; None: it can."""
 
 
 class Operands(NamedTuple):
@@ -227,15 +243,12 @@ def _columns_sharding(a: jax.Array, b: jax.Array) -> NamedSharding | None:
 # ---- How a definition becomes a primitive.
 
 
-def _primitive(
-    definition: Callable, kernel: Callable | None = None, rows: Sequence[int] = ()
-) -> Primitive:
-    """A primitive that computes `definition`, on a CPU by `kernel` where that can be had.
+def _primitive(definition: Callable, rows: Sequence[int] = ()) -> Primitive:
+    """A primitive that computes `definition`, and where there is a kernel for it, by that.
 
     Args:
         definition: as above. Its keyword arguments are static; its first argument has the compute
             dtype.
-        kernel: the same, faster.
         rows: positions of the arguments whose first axis is the batch. Where they are given, the
             batch is the first axis of all results, and each row depends on its own row alone.
     """
@@ -248,8 +261,6 @@ def _primitive(
         )
     )
     mlir.register_lowering(primitive, mlir.lower_fun(definition, multiple_results=True))
-    if kernel is not None:
-        mlir.register_lowering(primitive, partial(_lower, definition, kernel), platform="cpu")
     ad.primitive_jvps[primitive] = partial(_differentiate, definition)
     batching.primitive_batchers[primitive] = partial(_batch, primitive, definition, rows)
     return primitive
@@ -275,11 +286,24 @@ def _result_types(definition: Callable, avals: tuple, static: tuple, mesh: Any) 
     return list(jax.make_jaxpr(partial(definition, **dict(static)))(*avals).out_avals)
 
 
-def _lower(definition, kernel, ctx, *args, **static):
-    # An export promises to run elsewhere, which compiled code does not.
+def register(kernels: Kernels, platform: str | None = None) -> None:
+    """Lower the primitives to these kernels, on their own platform if no other is given."""
+    for definition, primitive in PRIMITIVES.items():
+        if hasattr(kernels, definition.__name__):
+            lower = partial(_lower, definition, kernels)
+            mlir.register_lowering(primitive, lower, platform=platform or kernels.PLATFORM)
+
+
+def _lower(definition, kernels, ctx, *args, **static):
+    part = definition.__name__
     is_export = ctx.module_context.lowering_parameters.for_export
-    has_kernel = not is_export and native.unavailable(ctx.avals_in[0].dtype) is None
-    chosen = kernel if has_kernel else definition
+    if is_export and not kernels.CAN_BE_EXPORTED:
+        reason = "an export promises to run elsewhere"
+    else:
+        reason = kernels.why_not(part, ctx.avals_in)
+    if reason:
+        logger.info("no kernel computes %s for %s: %s", part, kernels.PLATFORM, reason)
+    chosen = definition if reason else getattr(kernels, part)
     return mlir.lower_fun(chosen, multiple_results=True)(ctx, *args, **static)
 
 
@@ -317,11 +341,21 @@ def _batch(primitive, definition, rows, args, axes, **static):
     return [r.reshape(size, len(r) // size, *r.shape[1:]) for r in results], [0] * len(results)
 
 
-forward_p = _primitive(forward, native.forward, rows=(0, 4, 5, 6))
-gate_gradients_p = _primitive(gate_gradients, native.gate_gradients, rows=(0, 1, 2, 3, 4, 6, 7))
-weight_gradients_p = _primitive(weight_gradients, native.weight_gradients)
-input_gradient_p = _primitive(input_gradient, native.input_gradient, rows=(0,))
+forward_p = _primitive(forward, rows=(0, 4, 5, 6))
+gate_gradients_p = _primitive(gate_gradients, rows=(0, 1, 2, 3, 4, 6, 7))
+weight_gradients_p = _primitive(weight_gradients)
+input_gradient_p = _primitive(input_gradient, rows=(0,))
 tangents_p = _primitive(tangents)
+
+PRIMITIVES = {
+    forward: forward_p,
+    gate_gradients: gate_gradients_p,
+    weight_gradients: weight_gradients_p,
+    input_gradient: input_gradient_p,
+}
+KERNELS: dict[str, Kernels] = {kernels.PLATFORM: kernels for kernels in (native, pallas_tpu)}
+for of_platform in KERNELS.values():
+    register(of_platform)
 
 
 def _linearize(operands, operands_dot, *, keep, **static):

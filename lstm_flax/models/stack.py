@@ -29,7 +29,8 @@ from lstm_flax.models.lstm_layer import is_valid_step
 
 logger = logging.getLogger("lstm_flax")
 
-IMPLEMENTATIONS = ("auto", "scan", "native")
+IMPLEMENTATIONS = ("auto", "scan", "native", "pallas")
+PLATFORMS = {"native": "cpu", "pallas": "tpu"}
 
 Carry = Any
 """`h`, or for the LSTM `(h, c)`; in a stack each has a leading axis of layers x directions."""
@@ -92,7 +93,7 @@ class RecurrentStack(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     precision: Any = None
-    implementation: Literal["auto", "scan", "native"] = "auto"
+    implementation: Literal["auto", "scan", "native", "pallas"] = "auto"
     return_carry: bool = True
 
     def __post_init__(self) -> None:
@@ -216,16 +217,16 @@ class RecurrentStack(nn.Module):
         if seq_lengths is not None:
             batch, time = x.shape[1 - self._time_axis], x.shape[self._time_axis]
             seq_lengths = _check_lengths(seq_lengths, batch, time)
-        is_native = self._is_native(x, deterministic)
+        is_layer = self._is_layer(x, deterministic)
         # A scan outside of `jax.jit` would compile anew at each call.
         is_eager = not isinstance(x, jax.core.Tracer) and deterministic
         if is_eager and not (self.is_initializing() or self.is_asked_for_gates()):
-            return self._run_compiled(x, initial_carry, seq_lengths, is_native=is_native)
-        return self._run(x, initial_carry, seq_lengths, is_native, deterministic)
+            return self._run_compiled(x, initial_carry, seq_lengths, is_layer=is_layer)
+        return self._run(x, initial_carry, seq_lengths, is_layer, deterministic)
 
-    @partial(nn.jit, static_argnames="is_native")
-    def _run_compiled(self, x, initial_carry, lengths, is_native):
-        return self._run(x, initial_carry, lengths, is_native, deterministic=True)
+    @partial(nn.jit, static_argnames="is_layer")
+    def _run_compiled(self, x, initial_carry, lengths, is_layer):
+        return self._run(x, initial_carry, lengths, is_layer, deterministic=True)
 
     @nn.compact
     def _run(
@@ -233,7 +234,7 @@ class RecurrentStack(nn.Module):
         x: jax.Array,
         initial_carry: Carry | None,
         lengths: jax.Array | None,
-        is_native: bool,
+        is_layer: bool,
         deterministic: bool,
     ) -> tuple[jax.Array, Carry]:
         x, is_valid = self._without_padding(x, lengths)
@@ -247,7 +248,7 @@ class RecurrentStack(nn.Module):
             carries = [jax.tree.map(lambda s, k=k: s[k], initial_carry) for k in range(len(cells))]
 
         drops = self.dropout > 0 and not deterministic
-        if not (self.bidirectional or is_native or drops):
+        if not (self.bidirectional or is_layer or drops):
             # All layers advance together, in one scan.
             final, x = self._scan(cells, carries, x, is_valid, deterministic)
             return x, _join_layers(final)
@@ -259,8 +260,8 @@ class RecurrentStack(nn.Module):
             outputs = []
             for d in range(len(directions)):
                 cell, carry = cells[len(directions) * k + d], carries[len(directions) * k + d]
-                if is_native:
-                    last, output = self._run_native(cell, carry, x, lengths, reverse=d == 1)
+                if is_layer:
+                    last, output = self._run_layer(cell, carry, x, lengths, reverse=d == 1)
                 else:
                     last, output = self._scan(
                         [cell], [carry], x, is_valid, deterministic, reverse=d == 1
@@ -336,16 +337,30 @@ class RecurrentStack(nn.Module):
         return final, outputs
 
     def why_not_native(self, x: jax.Array, deterministic: bool = True) -> str | None:
-        """Say in a few words why `__call__` scans in place of the native kernel; None: it won't."""
+        """Say in a few words why no kernel of this machine runs in `__call__`; None: one does.
+
+        Args:
+            x: what it would be called with.
+            deterministic: the same.
+        """
+        reason = self.why_not_layer(x, deterministic)
+        return reason or self.why_no_kernel(x, _platform())
+
+    def why_not_layer(self, x: jax.Array, deterministic: bool = True) -> str | None:
+        """Say in a few words why `__call__` scans cells wherever it runs; None: it won't."""
         return f"there is none for {type(self).__name__}"
 
-    def run_native(
-        self, cell: RecurrentCell, carry: Carry, x: jax.Array, lengths: jax.Array, reverse: bool
-    ) -> tuple[Carry, jax.Array]:
-        """Run one layer and direction over x [batch, time, features] by its native kernel."""
+    def why_no_kernel(self, x: jax.Array, platform: str) -> str | None:
+        """Say in a few words why a platform has no kernel for x; None: it has one."""
         raise NotImplementedError
 
-    def _run_native(
+    def run_layer(
+        self, cell: RecurrentCell, carry: Carry, x: jax.Array, lengths: jax.Array, reverse: bool
+    ) -> tuple[Carry, jax.Array]:
+        """Run one layer and direction over x [batch, time, features] as one operation."""
+        raise NotImplementedError
+
+    def _run_layer(
         self,
         cell: RecurrentCell,
         carry: Carry,
@@ -356,17 +371,23 @@ class RecurrentStack(nn.Module):
         x = x.swapaxes(0, 1) if self.time_major else x
         if lengths is None:
             lengths = jnp.full(len(x), x.shape[1], jnp.int32)
-        final, outputs = self.run_native(cell, carry, x, lengths, reverse)
+        final, outputs = self.run_layer(cell, carry, x, lengths, reverse)
         return (final,), outputs.swapaxes(0, 1) if self.time_major else outputs
 
-    def _is_native(self, x: jax.Array, deterministic: bool) -> bool:
-        if self.implementation == "scan" or self.is_initializing():
+    def _is_layer(self, x: jax.Array, deterministic: bool) -> bool:
+        """Whether layers run as one operation each, for which platforms have kernels."""
+        asked = self.implementation
+        if asked == "scan" or self.is_initializing():
             return False
-        reason = self.why_not_native(x, deterministic)
-        if reason and self.implementation == "native":
-            warnings.warn(f"implementation='native' scans: {reason}", stacklevel=2)
-        elif reason:
-            logger.info("implementation='auto' scans: %s", reason)
+        reason = self.why_not_layer(x, deterministic)
+        if asked == "auto":
+            if reason:
+                logger.info("implementation='auto' scans: %s", reason)
+            return reason is None
+        if PLATFORMS[asked] != _platform():
+            reason = reason or f"not on a {PLATFORMS[asked].upper()}"
+        if reason := reason or self.why_no_kernel(x, PLATFORMS[asked]):
+            warnings.warn(f"implementation={asked!r} scans: {reason}", stacklevel=2)
         return reason is None
 
     def _hidden_mask(
@@ -378,6 +399,12 @@ class RecurrentStack(nn.Module):
         keep = 1 - self.recurrent_dropout
         kept = jax.random.bernoulli(self.make_rng("dropout"), keep, (batch, cell.output_size))
         return kept.astype(cell.compute_dtype) / keep
+
+
+def _platform() -> str:
+    """This machine's, as JAX's lowering calls it."""
+    backend = jax.default_backend()
+    return "cuda" if backend == "gpu" else backend
 
 
 def _check_lengths(seq_lengths: Any, batch: int, time: int) -> jax.Array:

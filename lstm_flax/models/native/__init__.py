@@ -17,15 +17,33 @@ import jax.numpy as jnp
 
 from lstm_flax.models.native.build import DTYPES, TARGET, unavailable
 
+PLATFORM = "cpu"
+CAN_BE_EXPORTED = False  # it is compiled for this machine's processor
+
 __all__ = [
+    "CAN_BE_EXPORTED",
     "DTYPES",
+    "PLATFORM",
     "TARGET",
     "forward",
     "gate_gradients",
     "input_gradient",
     "unavailable",
     "weight_gradients",
+    "why_not",
 ]
+
+
+def why_not(part: str, operands: Any) -> str | None:
+    """Say in a few words why a part of the layer can't run here; see `lstm_layer.Kernels`."""
+    dtype = operands[0].dtype
+    if dtype.name not in DTYPES:
+        return f"products in {dtype.name}"
+    hidden_is_of = {"forward": 4, "gate_gradients": 0, "weight_gradients": 1}
+    sizes = [operands[k].shape[-1] for name, k in hidden_is_of.items() if name == part]
+    if dtype == jnp.bfloat16 and any(size % 2 for size in sizes):
+        return "an odd hidden_size in bfloat16"
+    return unavailable(dtype)
 
 
 def forward(x, kernel_ih, kernel_hh, bias, h_0, c_0, lengths, *, reverse, keep, **_):

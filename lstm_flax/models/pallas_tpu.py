@@ -24,7 +24,8 @@ DTYPES = ("float32", "bfloat16")
 LANES = 128  # of a vector register; a gate starts at a multiple of it
 SUBLANES = 16  # rows that a tile of the batch is a multiple of: those of a bfloat16 register
 MAX_ROWS = 256  # of a tile; beyond, a kernel gains little and takes long to compile
-MAX_STEPS = 8  # of a chunk of time
+MAX_STEPS = 16  # of a chunk of time
+UNROLL = 2  # steps in a loop's body: the end of one overlaps the next
 VMEM_BYTES = 48 * 2**20  # for a kernel, of the 64 MiB and more that all TPUs since the v5e have
 
 
@@ -115,7 +116,7 @@ def _forward(
             cells[k] = jnp.where(is_valid, new_c, 0.0)
         return ()
 
-    jax.lax.fori_loop(0, steps, step, ())
+    jax.lax.fori_loop(0, steps, step, (), unroll=UNROLL)
 
 
 def gate_gradients(
@@ -178,11 +179,7 @@ def _backward(
         d_h[:], d_c[:] = d_h_n[:], d_c_n[:]
 
     def back(k, before):
-        t = start + k
-        is_valid = t < lengths[:]
-        # In reverse what comes before the padding may be beyond the arrays.
-        is_first = t >= lengths[:] - 1 if reverse else t == 0
-        before = jnp.where(is_first, c_0[:], before)
+        is_valid = start + k < lengths[:]
         i, f, g, o = _split(gates[k])
         shown = jnp.tanh(cells[k])
         d_shown = jnp.where(is_valid, d_h[:] + d_outputs[k].astype(d_h.dtype), 0.0)
@@ -196,11 +193,16 @@ def _backward(
 
     def step(done, _):
         k = done if reverse else steps - 1 - done
-        back(k, cells[k + 1 if reverse else k - 1])
+        before = cells[k + 1 if reverse else k - 1]
+        if reverse:  # a sequence may end, which is where it starts, at any step
+            before = jnp.where(start + k >= lengths[:] - 1, c_0[:], before)
+        back(k, before)
         return ()
 
-    jax.lax.fori_loop(0, steps - 1, step, ())
-    back(steps - 1 if reverse else 0, cell_before[0])
+    jax.lax.fori_loop(0, steps - 1, step, (), unroll=UNROLL)
+    k = steps - 1 if reverse else 0
+    is_first = start + k >= lengths[:] - 1 if reverse else start + k == 0
+    back(k, jnp.where(is_first, c_0[:], cell_before[0]))
 
 
 # ---- How the work is cut up.

@@ -1,6 +1,7 @@
 """The LSTM: its cell, and a stack of them, which kernels can run."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
 from lstm_flax.arguments import check_integer, check_rate
+from lstm_flax.models import cudnn
 from lstm_flax.models.cell import RecurrentCell, Weights
 from lstm_flax.models.lstm_layer import KERNELS, Operands, lstm_layer
 from lstm_flax.models.stack import RecurrentStack
@@ -175,10 +177,11 @@ class LSTMStack(RecurrentStack):
         implementation: "scan" is the plain `nn.scan` of cells, which the others are equal to;
             "native" is the kernel in `lstm_flax.models.native`, for one CPU, in float32, and in
             bfloat16 where the CPU multiplies that; "pallas" is the one in
-            `lstm_flax.models.pallas_tpu`, for a TPU. "auto" takes whichever there is for the
-            platform that the program is compiled for, be it this machine's or not. Where one is
-            asked for by name and impossible, a warning says why, and it scans; "auto" logs that
-            to the logger "lstm_flax".
+            `lstm_flax.models.pallas_tpu`, for a TPU; "cudnn" is NVIDIA's, in float32. "auto" takes
+            whichever there is for the platform that the program is compiled for, be it this
+            machine's or not; cuDNN's only where JAX's CUDA plugin is installed. Where one is asked
+            for by name and impossible, a warning says why, and it scans; "auto" logs that to the
+            logger "lstm_flax".
 
     Raises:
         ValueError: an attribute has a value that it can't have; the message gives its bounds.
@@ -224,6 +227,8 @@ class LSTMStack(RecurrentStack):
 
     def why_no_kernel(self, x: jax.Array, platform: str) -> str | None:
         """Say in a few words why a platform has no kernel for x; None: it has one."""
+        if platform == cudnn.PLATFORM:
+            return cudnn.why_not(self.make_cell(None).compute_dtype)
         if platform not in KERNELS:
             return f"there is none for {platform}"
         batch, time, features = x.swapaxes(0, 1).shape if self.time_major else x.shape
@@ -250,16 +255,43 @@ class LSTMStack(RecurrentStack):
         self, cell: RecurrentCell, carry: LSTMCarry, x: jax.Array, lengths: jax.Array, reverse: bool
     ) -> tuple[LSTMCarry, jax.Array]:
         """Run one layer and direction over x [batch, time, features] as one operation."""
-        weights = cell.weights(x.shape[-1], kernel_dtype=cell.state_dtype)
-        no_bias = jnp.zeros(4 * self.hidden_size, cell.state_dtype)
+        kernel_ih, kernel_hh, bias = self._weights(cell, x.shape[-1])
         operands = Operands(
             x=x.astype(cell.compute_dtype),
-            kernel_ih=weights["kernel_ih"],
-            kernel_hh=weights["kernel_hh"],
-            bias=weights.get("bias", no_bias),
+            kernel_ih=kernel_ih,
+            kernel_hh=kernel_hh,
+            bias=bias,
             h_0=carry[0],
             c_0=carry[1],
             lengths=lengths,
         )
         outputs, h_n, c_n = lstm_layer(operands, reverse=reverse, precision=self.precision)
         return (h_n, c_n), outputs
+
+    def run_cudnn(
+        self,
+        cells: Sequence[RecurrentCell],
+        carries: Sequence[LSTMCarry],
+        x: jax.Array,
+        lengths: jax.Array,
+    ) -> tuple[tuple[LSTMCarry, ...], jax.Array]:
+        """Run layers over x [batch, time, features] as one operation, which cuDNN has."""
+        directions = 1 + self.bidirectional
+        features = [x.shape[-1]] * directions + [directions * self.hidden_size] * len(cells)
+        h_0, c_0 = (jnp.stack(states) for states in zip(*carries, strict=True))
+        outputs, h_n, c_n = cudnn.lstm(
+            x.astype(h_0.dtype),
+            h_0,
+            c_0,
+            [self._weights(cell, size) for cell, size in zip(cells, features, strict=False)],
+            lengths,
+            bidirectional=self.bidirectional,
+            precision=self.precision,
+        )
+        return tuple(zip(h_n, c_n, strict=True)), outputs
+
+    def _weights(self, cell: RecurrentCell, features: int) -> cudnn.Weights:
+        """`(kernel_ih, kernel_hh, bias)` in the accumulation dtype, the bias perhaps of zeros."""
+        weights = cell.weights(features, kernel_dtype=cell.state_dtype)
+        no_bias = jnp.zeros(4 * self.hidden_size, cell.state_dtype)
+        return weights["kernel_ih"], weights["kernel_hh"], weights.get("bias", no_bias)

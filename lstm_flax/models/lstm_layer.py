@@ -210,7 +210,7 @@ def tangents(*arrays, moving, reverse, precision):
     operands, along = arrays[: len(Operands._fields)], arrays[len(arrays) - len(moving) :]
 
     def move(*moved):
-        operands_there = _replaced(operands, moving, moved)
+        operands_there = replaced(operands, moving, moved)
         return forward(*operands_there, reverse=reverse, precision=precision, keep=False)
 
     return jax.jvp(move, tuple(operands[k] for k in moving), tuple(along))[1]
@@ -243,27 +243,30 @@ def _columns_sharding(a: jax.Array, b: jax.Array) -> NamedSharding | None:
 # ---- How a definition becomes a primitive.
 
 
-def _primitive(definition: Callable, rows: Sequence[int] = ()) -> Primitive:
+def primitive(
+    definition: Callable, name: str = "lstm_layer", rows: Sequence[int] = ()
+) -> Primitive:
     """A primitive that computes `definition`, and where there is a kernel for it, by that.
 
     Args:
         definition: as above. Its keyword arguments are static; its first argument has the compute
             dtype.
+        name: what the primitive's begins with.
         rows: positions of the arguments whose first axis is the batch. Where they are given, the
             batch is the first axis of all results, and each row depends on its own row alone.
     """
-    primitive = Primitive(f"lstm_layer_{definition.__name__}")
-    primitive.multiple_results = True
-    primitive.def_impl(partial(_run, primitive, definition))
-    primitive.def_abstract_eval(
+    made = Primitive(f"{name}_{definition.__name__}")
+    made.multiple_results = True
+    made.def_impl(partial(_run, made, definition))
+    made.def_abstract_eval(
         lambda *avals, **static: _result_types(
             definition, avals, tuple(sorted(static.items())), jax.sharding.get_abstract_mesh()
         )
     )
-    mlir.register_lowering(primitive, mlir.lower_fun(definition, multiple_results=True))
-    ad.primitive_jvps[primitive] = partial(_differentiate, definition)
-    batching.primitive_batchers[primitive] = partial(_batch, primitive, definition, rows)
-    return primitive
+    mlir.register_lowering(made, mlir.lower_fun(definition, multiple_results=True))
+    ad.primitive_jvps[made] = partial(_differentiated, definition)
+    batching.primitive_batchers[made] = partial(_batch, made, definition, rows)
+    return made
 
 
 def _run(primitive: Primitive, definition: Callable, *args, **static) -> Any:
@@ -307,16 +310,22 @@ def _lower(definition, kernels, ctx, *args, **static):
     return mlir.lower_fun(chosen, multiple_results=True)(ctx, *args, **static)
 
 
-def _differentiate(definition, args, args_dot, **static):
+def _differentiated(definition, args, args_dot, **static):
+    return differentiate(partial(definition, **static), args, args_dot)
+
+
+def differentiate(function: Callable, args: Arrays, args_dot: Sequence[Any]) -> Any:
+    """`(results, tangents)` of a function, as JAX asks a primitive for them."""
     moving = [k for k, dot in enumerate(args_dot) if not isinstance(dot, ad.Zero)]
 
     def move(*moved):
-        return definition(*_replaced(args, moving, moved), **static)
+        return function(*replaced(args, moving, moved))
 
     return jax.jvp(move, [args[k] for k in moving], [args_dot[k] for k in moving])
 
 
-def _replaced(args: Arrays, positions: Sequence[int], by: Arrays) -> list:
+def replaced(args: Arrays, positions: Sequence[int], by: Arrays) -> list:
+    """The arguments, with others at these positions."""
     args = list(args)
     for position, arg in zip(positions, by, strict=True):
         args[position] = arg
@@ -337,15 +346,15 @@ def _batch(primitive, definition, rows, args, axes, **static):
             arg = jnp.broadcast_to(args[k][None], (size, *args[k].shape))
         return arg.reshape(size * arg.shape[1], *arg.shape[2:])
 
-    results = primitive.bind(*_replaced(args, rows, [fold(k) for k in rows]), **static)
+    results = primitive.bind(*replaced(args, rows, [fold(k) for k in rows]), **static)
     return [r.reshape(size, len(r) // size, *r.shape[1:]) for r in results], [0] * len(results)
 
 
-forward_p = _primitive(forward, rows=(0, 4, 5, 6))
-gate_gradients_p = _primitive(gate_gradients, rows=(0, 1, 2, 3, 4, 6, 7))
-weight_gradients_p = _primitive(weight_gradients)
-input_gradient_p = _primitive(input_gradient, rows=(0,))
-tangents_p = _primitive(tangents)
+forward_p = primitive(forward, rows=(0, 4, 5, 6))
+gate_gradients_p = primitive(gate_gradients, rows=(0, 1, 2, 3, 4, 6, 7))
+weight_gradients_p = primitive(weight_gradients)
+input_gradient_p = primitive(input_gradient, rows=(0,))
+tangents_p = primitive(tangents)
 
 PRIMITIVES = {
     forward: forward_p,
@@ -361,7 +370,7 @@ for of_platform in KERNELS.values():
 def _linearize(operands, operands_dot, *, keep, **static):
     """`forward`'s derivative as `tangents_p`, whose transpose the kernels know."""
     if keep:  # of the derivative itself
-        return _differentiate(forward, operands, operands_dot, keep=keep, **static)
+        return differentiate(partial(forward, keep=keep, **static), operands, operands_dot)
     outputs, h_n, c_n, gates, cells = forward_p.bind(*operands, keep=True, **static)
     moving = tuple(k for k, dot in enumerate(operands_dot) if not isinstance(dot, ad.Zero))
     along = [operands_dot[k] for k in moving]

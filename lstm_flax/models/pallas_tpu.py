@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from lstm_flax.models.precision import asked_precision
+
 PLATFORM = "tpu"
 CAN_BE_EXPORTED = True
 DTYPES = ("float32", "bfloat16")
@@ -302,11 +304,7 @@ def _passes(precision: Any, operand: jax.Array) -> jax.lax.Precision:
     """The precision of products in the kernel, which has the lowest and the highest alone."""
     if operand.dtype == jnp.bfloat16:
         return jax.lax.Precision.DEFAULT  # exact, since the sums have float32
-    row = jax.ShapeDtypeStruct((1, 1), operand.dtype)
-    traced = jax.make_jaxpr(partial(jnp.dot, precision=precision))(row, row)
-    asked = next(e.params["precision"] for e in traced.eqns if "dot_general" in e.primitive.name)
-    is_default = asked in (None, (jax.lax.Precision.DEFAULT,) * 2)
-    return jax.lax.Precision.DEFAULT if is_default else jax.lax.Precision.HIGHEST
+    return asked_precision(precision, operand.dtype)
 
 
 def _sigmoid(x: jax.Array) -> jax.Array:

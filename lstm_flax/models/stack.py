@@ -29,8 +29,8 @@ from lstm_flax.models.lstm_layer import is_valid_step
 
 logger = logging.getLogger("lstm_flax")
 
-IMPLEMENTATIONS = ("auto", "scan", "native", "pallas")
-PLATFORMS = {"native": "cpu", "pallas": "tpu"}
+IMPLEMENTATIONS = ("auto", "scan", "native", "pallas", "cudnn")
+PLATFORMS = {"native": "cpu", "pallas": "tpu"}  # that their kernels are for
 
 Carry = Any
 """`h`, or for the LSTM `(h, c)`; in a stack each has a leading axis of layers x directions."""
@@ -93,7 +93,7 @@ class RecurrentStack(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     precision: Any = None
-    implementation: Literal["auto", "scan", "native", "pallas"] = "auto"
+    implementation: Literal["auto", "scan", "native", "pallas", "cudnn"] = "auto"
     return_carry: bool = True
 
     def __post_init__(self) -> None:
@@ -217,16 +217,16 @@ class RecurrentStack(nn.Module):
         if seq_lengths is not None:
             batch, time = x.shape[1 - self._time_axis], x.shape[self._time_axis]
             seq_lengths = _check_lengths(seq_lengths, batch, time)
-        is_layer = self._is_layer(x, deterministic)
+        how = self._choose(x, deterministic)
         # A scan outside of `jax.jit` would compile anew at each call.
         is_eager = not isinstance(x, jax.core.Tracer) and deterministic
         if is_eager and not (self.is_initializing() or self.is_asked_for_gates()):
-            return self._run_compiled(x, initial_carry, seq_lengths, is_layer=is_layer)
-        return self._run(x, initial_carry, seq_lengths, is_layer, deterministic)
+            return self._run_compiled(x, initial_carry, seq_lengths, how=how)
+        return self._run(x, initial_carry, seq_lengths, how, deterministic)
 
-    @partial(nn.jit, static_argnames="is_layer")
-    def _run_compiled(self, x, initial_carry, lengths, is_layer):
-        return self._run(x, initial_carry, lengths, is_layer, deterministic=True)
+    @partial(nn.jit, static_argnames="how")
+    def _run_compiled(self, x, initial_carry, lengths, how):
+        return self._run(x, initial_carry, lengths, how, deterministic=True)
 
     @nn.compact
     def _run(
@@ -234,7 +234,7 @@ class RecurrentStack(nn.Module):
         x: jax.Array,
         initial_carry: Carry | None,
         lengths: jax.Array | None,
-        is_layer: bool,
+        how: str,
         deterministic: bool,
     ) -> tuple[jax.Array, Carry]:
         x, is_valid = self._without_padding(x, lengths)
@@ -248,7 +248,9 @@ class RecurrentStack(nn.Module):
             carries = [jax.tree.map(lambda s, k=k: s[k], initial_carry) for k in range(len(cells))]
 
         drops = self.dropout > 0 and not deterministic
-        if not (self.bidirectional or is_layer or drops):
+        if how == "cudnn":
+            return self._run_cudnn(cells, carries, x, lengths, layers_at_once=1 if drops else None)
+        if not (self.bidirectional or how == "layer" or drops):
             # All layers advance together, in one scan.
             final, x = self._scan(cells, carries, x, is_valid, deterministic)
             return x, _join_layers(final)
@@ -260,7 +262,7 @@ class RecurrentStack(nn.Module):
             outputs = []
             for d in range(len(directions)):
                 cell, carry = cells[len(directions) * k + d], carries[len(directions) * k + d]
-                if is_layer:
+                if how == "layer":
                     last, output = self._run_layer(cell, carry, x, lengths, reverse=d == 1)
                 else:
                     last, output = self._scan(
@@ -360,6 +362,33 @@ class RecurrentStack(nn.Module):
         """Run one layer and direction over x [batch, time, features] as one operation."""
         raise NotImplementedError
 
+    def run_cudnn(
+        self, cells: Sequence[RecurrentCell], carries: Sequence[Carry], x: jax.Array,
+        lengths: jax.Array,
+    ) -> tuple[tuple[Carry, ...], jax.Array]:  # fmt: skip
+        """Run layers over x [batch, time, features] as one operation, which cuDNN has."""
+        raise NotImplementedError
+
+    def _run_cudnn(
+        self,
+        cells: Sequence[RecurrentCell],
+        carries: Sequence[Carry],
+        x: jax.Array,
+        lengths: jax.Array | None,
+        layers_at_once: int | None,
+    ) -> tuple[jax.Array, Carry]:
+        x = x.swapaxes(0, 1) if self.time_major else x
+        if lengths is None:
+            lengths = jnp.full(len(x), x.shape[1], jnp.int32)
+        at_once = self._num_directions * (layers_at_once or self.num_layers)
+        final: tuple[Carry, ...] = ()
+        for k in range(0, len(cells), at_once):
+            if k > 0:
+                x = nn.Dropout(self.dropout, deterministic=False)(x)
+            last, x = self.run_cudnn(cells[k : k + at_once], carries[k : k + at_once], x, lengths)
+            final += last
+        return x.swapaxes(0, 1) if self.time_major else x, _join_layers(final)
+
     def _run_layer(
         self,
         cell: RecurrentCell,
@@ -374,21 +403,24 @@ class RecurrentStack(nn.Module):
         final, outputs = self.run_layer(cell, carry, x, lengths, reverse)
         return (final,), outputs.swapaxes(0, 1) if self.time_major else outputs
 
-    def _is_layer(self, x: jax.Array, deterministic: bool) -> bool:
-        """Whether layers run as one operation each, for which platforms have kernels."""
+    def _choose(self, x: jax.Array, deterministic: bool) -> str:
+        """How layers run: "scan", or one operation for a "layer", or for several by "cudnn"."""
         asked = self.implementation
         if asked == "scan" or self.is_initializing():
-            return False
+            return "scan"
         reason = self.why_not_layer(x, deterministic)
         if asked == "auto":
             if reason:
                 logger.info("implementation='auto' scans: %s", reason)
-            return reason is None
-        if PLATFORMS[asked] != _platform():
+                return "scan"
+            is_cudnn = _platform() == "cuda" and self.why_no_kernel(x, "cuda") is None
+            return "cudnn" if is_cudnn else "layer"
+        if asked in PLATFORMS and PLATFORMS[asked] != _platform():
             reason = reason or f"not on a {PLATFORMS[asked].upper()}"
-        if reason := reason or self.why_no_kernel(x, PLATFORMS[asked]):
+        if reason := reason or self.why_no_kernel(x, PLATFORMS.get(asked, "cuda")):
             warnings.warn(f"implementation={asked!r} scans: {reason}", stacklevel=2)
-        return reason is None
+            return "scan"
+        return "cudnn" if asked == "cudnn" else "layer"
 
     def _hidden_mask(
         self, cell: RecurrentCell, batch: int, deterministic: bool

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import from_config
+from experiments.benchmark import tpu
 from experiments.config import Config
 from lstm_flax import training
 from lstm_flax.augment import distort
@@ -95,3 +96,18 @@ def test_train_and_eval_step_lower_for(platform):
     assert dots
     assert all("HIGHEST" in line for line in dots if "x16xf32" in line or "x64xf32" in line)
     assert "stablehlo.while" in lower(evaluate, state.params, batch)
+
+
+@pytest.mark.skipif(not LIBTPU, reason="compiling for TPUs needs libtpu")
+def test_the_kernels_take_fewer_cycles_and_operations_than_the_scan(monkeypatch):
+    monkeypatch.setenv("TPU_LIBRARY_PATH", LIBTPU)
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    scan, kernels = (
+        tpu.compiled_apart("v5e", tpu.Program(name, "train", 128, "bfloat16"))
+        for name in ("scan", "auto")
+    )
+    print(scan, kernels)
+    products = 132_000  # cycles that the products take at the chip's peak, of 4 units of 128 x 128
+    assert products < kernels["bundles"] < 0.7 * scan["bundles"]
+    assert kernels["operations"] <= 30 < 28 * 30 < scan["operations"]
+    assert kernels["cycles"] < scan["cycles"] / 5

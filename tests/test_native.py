@@ -236,3 +236,29 @@ print(stack.why_not_native(x))
     shape, reason = result.stdout.splitlines()
     assert shape == "(2, 3, 4)"
     assert reason == "there is no C++ compiler (c++, or what CXX names)"
+
+
+def test_under_shard_map_each_device_runs_it():
+    code = """
+import jax, jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from lstm_flax import LSTMStack
+stack, x = LSTMStack(8, 2), jax.random.normal(jax.random.key(1), (8, 6, 5))
+variables = stack.init(jax.random.key(0), x)
+loss = lambda v, x: (stack.apply(v, x)[0] ** 2).sum()
+mesh = jax.make_mesh((8,), ("data",))
+spread = jax.shard_map(lambda v, x: jax.lax.psum(loss(v, x), "data"), mesh=mesh,
+                       in_specs=(P(), P("data")), out_specs=P())
+gradient = jax.jit(jax.grad(spread))
+print(gradient.lower(variables, x).as_text().count("lstm_flax_") > 0)
+error = jax.tree.map(lambda a, b: abs(a - b).max() / abs(b).max(),
+                     gradient(variables, x), jax.grad(loss)(variables, x))
+print(max(jax.tree.leaves(error)) < 1e-5)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.split() == ["True", "True"], result.stderr

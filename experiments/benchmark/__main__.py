@@ -2,6 +2,7 @@
 
     python -m experiments.benchmark [--quick] [--json FILE] [--plot FILE.png]
     python -m experiments.benchmark --job [--manual-dir FOLDER]
+    python -m experiments.benchmark --tpu v5e
 
 Prints tables in Markdown. The figure that counts is how many times as fast as each peer this
 project is: the median over rounds, in each of which all peers have a turn, and its quartiles.
@@ -14,12 +15,12 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
 from experiments.benchmark import job as jobs
-from experiments.benchmark import report
+from experiments.benchmark import report, tpu
 from experiments.benchmark.cases import QUICK, STAR, Case, parse_case
 from experiments.benchmark.measure import MODES, PeerError, Settings, measure
 from experiments.benchmark.peers import OURS, PEERS
@@ -69,6 +70,8 @@ class Options:
     """With --job: flags of experiments.mnist_lstm on its way to 99%: --recipe="--epochs 5"."""
     max_epochs: int = 20
     """With --job: epochs of the reference on its way to 99%, at most."""
+    tpu: Literal["v5e", "v6e"] | None = None
+    """Compile the layers for such a TPU instead, which need not be there; needs libtpu."""
     json: Path | None = None
     """Write every raw timing and the environment to this file."""
     plot: Path | None = None
@@ -80,7 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark from a command line; returns the exit status."""
     options = read_flags(Options, argv, name="benchmark", description=__doc__)
     check(options)
-    run_job(options) if options.job else run_cases(options)
+    if options.tpu:
+        print(tpu.tables(options.tpu))
+    else:
+        run_job(options) if options.job else run_cases(options)
     return 0
 
 

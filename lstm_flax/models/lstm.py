@@ -221,7 +221,7 @@ class LSTMStack(RecurrentStack):
             "gates are asked for": self.is_asked_for_gates(),
             "a symbolic shape": not all(isinstance(size, int) for size in x.shape),
             "nothing to compute": 0 in x.shape,
-            "several devices": jax.device_count() > 1,
+            "several devices": jax.device_count() > 1 and not _is_one_devices_share(),
         }
         return next((reason for reason, applies in reasons.items() if applies), None)
 
@@ -295,3 +295,9 @@ class LSTMStack(RecurrentStack):
         weights = cell.weights(features, kernel_dtype=cell.state_dtype)
         no_bias = jnp.zeros(4 * self.hidden_size, cell.state_dtype)
         return weights["kernel_ih"], weights["kernel_hh"], weights.get("bias", no_bias)
+
+
+def _is_one_devices_share() -> bool:
+    """Whether this is traced for one device's share of the arrays: inside `jax.shard_map`."""
+    axes = jax.sharding.get_abstract_mesh().axis_types
+    return bool(axes) and all(kind == jax.sharding.AxisType.Manual for kind in axes)

@@ -246,7 +246,7 @@ from lstm_flax import LSTMStack
 stack, x = LSTMStack(8, 2), jax.random.normal(jax.random.key(1), (8, 6, 5))
 variables = stack.init(jax.random.key(0), x)
 loss = lambda v, x: (stack.apply(v, x)[0] ** 2).sum()
-mesh = jax.make_mesh((8,), ("data",))
+mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 spread = jax.shard_map(lambda v, x: jax.lax.psum(loss(v, x), "data"), mesh=mesh,
                        in_specs=(P(), P("data")), out_specs=P())
 gradient = jax.jit(jax.grad(spread))

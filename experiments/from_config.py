@@ -51,9 +51,9 @@ class Implementation(NamedTuple):
 def implementation(config: Config) -> Implementation:
     """Which implementation of the LSTM layer trains this model on this machine."""
     reason = model(config).core.why_not_native(_sample(config), deterministic=False)
-    return (
-        Implementation("native kernel", None) if reason is None else Implementation("scan", reason)
-    )
+    kernels = {"cpu": "native kernel", "tpu": "Pallas kernels", "gpu": "cuDNN"}
+    name = "scan" if reason else kernels[jax.default_backend()]
+    return Implementation(name, reason)
 
 
 def optimizer(config: Config, num_images: int) -> optax.GradientTransformation:

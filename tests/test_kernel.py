@@ -244,7 +244,7 @@ HEADERS = [f"-I{build.KERNEL.parent}", f"-I{jax.ffi.include_dir()}"]
 COMPILER = [*shlex.split(os.environ.get("CXX", "c++")), "-std=c++17", "-w", *HEADERS]
 
 
-def test_refused_threads_and_memory_and_forks(tmp_path):
+def test_absent_helpers_refused_memory_and_forks(tmp_path):
     """The driver tells; also where a sanitizer's flags are in the environment."""
     driver = Path(__file__).with_name("kernel_driver.cc")
     flags = ["-O1", "-march=native", *shlex.split(os.environ.get(build.MORE_FLAGS, ""))]

@@ -22,6 +22,15 @@ constexpr int kLanes = 4, kTileRows = 6;
 #endif
 constexpr int kColumns = 4 * kLanes;  // of a tile, and of a panel of packed weights
 
+// For whoever looks at a place in memory until another core writes there.
+inline void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
 

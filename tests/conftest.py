@@ -17,8 +17,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 import pytest
 
-# In this process most time goes into compiling programs that run once, so that XLA optimises little.
-# What tests start as commands of their own is compiled as it is for a user.
+# Here most time goes into compiling programs that run once, so that XLA optimises them little.
+# Commands that tests start are compiled as for a user.
 jax.config.update("jax_disable_most_optimizations", True)
 
 ORIGINAL_FILES = Path(__file__).parents[2] / "shared" / "data" / "mnist"

@@ -499,27 +499,26 @@ void RunInputGradient(const Helpers& helpers, const InputGradientArrays<N>& a) {
 // Rows of the batch and time whose part in the weights' gradient is added at once.
 constexpr int64_t kChunk = 128;
 
-// to[k][column] += sum over rows of rows[row][k] * packed[row][column], for some k. In a word of a
-// row are the numbers of as many rows of batch and time.
+// to[r][column] += sum over so many words of words[word][r] * packed[word][column]. A word has the
+// numbers of as many rows of batch and time.
 template <typename N, int kRows>
-void GradientTile(const float* const* rows, int64_t k, const float* packed, int64_t chunk,
-                  float* to, int64_t stride, int64_t columns) {
+void GradientTile(const float* words, const float* packed, int64_t number, float* to,
+                  int64_t stride, int64_t columns) {
   Vec acc[kRows][4] = {};
-  for (int64_t row = 0; row < chunk; ++row, packed += kColumns) {
-    const float* a = rows[row] + k;
+  for (int64_t i = 0; i < number; ++i, packed += kColumns, words += kTileRows) {
     Vec d[4];
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) d[v] = Load(packed + v * kLanes);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) acc[r][v] = N::MultiplyAdd(acc[r][v], a[r], d[v]);
+      for (int v = 0; v < 4; ++v) acc[r][v] = N::MultiplyAdd(acc[r][v], words[r], d[v]);
     }
   }
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v * kLanes < columns; ++v) {
       const int count = std::min<int64_t>(kLanes, columns - v * kLanes);
-      float* sum = to + (k + r) * stride + v * kLanes;
+      float* sum = to + r * stride + v * kLanes;
       Store(sum, Load(sum, count) + acc[r][v], count);
     }
   }
@@ -557,56 +556,83 @@ struct WeightGradientArrays {
   const Number* zeros;  // as many as there are features or units
 };
 
-// The gradients of both kernels and the bias, from all rows of batch and time.
+// Lays so many numbers of one row, or of two that share words, into tiles of kTileRows columns:
+// tile by tile, word by word, so that a product finds them side by side. `to` is this word's place in
+// the first tile, `joined` has room for a row.
+template <typename N>
+void PackRow(const typename N::Number* first, const typename N::Number* second, int64_t count,
+             float* joined, float* to) {
+  const float* words = N::JoinRows(first, second, count, joined);
+  for (int64_t k = 0; k < count; k += kTileRows, to += kChunk * kTileRows) {
+    for (int64_t r = 0; r < std::min<int64_t>(kTileRows, count - k); ++r) to[r] = words[k + r];
+  }
+}
+
+// The gradients of both kernels and the bias, from all rows of batch and time, chunk by chunk: first
+// the inputs and states of a chunk are laid in tiles, then each panel of the gates' gradients is
+// multiplied by all of them. A panel's sums meet the chunks in order, whoever adds them up.
 template <typename N>
 void RunWeightGradients(const Helpers& helpers, const WeightGradientArrays<N>& a) {
   typedef typename N::Number Number;
   const int64_t time = a.size.time, features = a.size.features, hidden = a.size.hidden;
+  const int64_t total = a.size.batch * time;
   const int64_t gates = 4 * hidden, panels = (gates + kColumns - 1) / kColumns;
+  const int64_t input_tiles = (features + kTileRows - 1) / kTileRows;
+  const int64_t tiles = input_tiles + (hidden + kTileRows - 1) / kTileRows;
+  constexpr int64_t kTileSize = kChunk * kTileRows;
   std::fill_n(a.d_kernel_ih, features * gates, 0.f);
   std::fill_n(a.d_kernel_hh, hidden * gates, 0.f);
   std::fill_n(a.d_bias, gates, 0.f);
+  if (total == 0 || hidden == 0) return;
   auto input = [&](int64_t row) { return a.x + row * features; };
   auto state_before = [&](int64_t row) -> const Number* {
     const int64_t b = row / time, t = row % time;
     const bool is_first = a.reverse ? t + 1 >= a.lengths[b] : t == 0;
     return is_first ? a.h_0 + b * hidden : a.outputs + (row + (a.reverse ? 1 : -1)) * hidden;
   };
-  // Whoever has a panel sees all rows, so that no sum depends on how many threads there are.
   const int threads =
-      CountThreads(helpers, 1. * a.size.batch * time * (features + hidden) * gates / N::kPerWord);
-  Shares shares(panels, 1, threads);
-  Parallel(helpers, threads, [&](int) {
-    Scratch packed(kChunk * kColumns), joined(kChunk * (features + hidden));
-    const float *inputs[kChunk], *states[kChunk];
-    for (Span mine; shares.Next(&mine);) {
-      for (int64_t begin = 0; begin < a.size.batch * time; begin += kChunk) {
-        const int64_t rows = std::min(kChunk, a.size.batch * time - begin);
-        const int64_t words = (rows + N::kPerWord - 1) / N::kPerWord;
-        float* to = joined.data();
-        for (int64_t i = 0; i < words; ++i, to += features + hidden) {
+      CountThreads(helpers, 1. * total * (features + hidden) * gates / N::kPerWord);
+  const int64_t parts = threads == 1 ? 1 : std::min<int64_t>(4 * threads, panels);
+  Scratch in_tiles(tiles * kTileSize);
+  Steps steps(2 * ((total + kChunk - 1) / kChunk), parts, threads);
+  Parallel(helpers, threads, [&](int thread) {
+    Scratch packed(kChunk * kColumns), joined(std::max(features, hidden));
+    steps.Run(thread, [&](int64_t step, int64_t part) {
+      const int64_t begin = step / 2 * kChunk, rows = std::min(kChunk, total - begin);
+      const int64_t words = (rows + N::kPerWord - 1) / N::kPerWord;
+      if (step % 2 == 0) {
+        const Span xs = Part(features, kTileRows, parts, part);
+        const Span hs = Part(hidden, kTileRows, parts, part);
+        float* to_x = in_tiles.data() + xs.begin / kTileRows * kTileSize;
+        float* to_h = in_tiles.data() + (input_tiles + hs.begin / kTileRows) * kTileSize;
+        for (int64_t i = 0; i < words; ++i, to_x += kTileRows, to_h += kTileRows) {
           const int64_t row = begin + i * N::kPerWord, other = row + N::kPerWord - 1;
           const bool is_whole = other < begin + rows;
-          inputs[i] = N::JoinRows(input(row), is_whole ? input(other) : a.zeros, features, to);
-          states[i] = N::JoinRows(state_before(row), is_whole ? state_before(other) : a.zeros,
-                                  hidden, to + features);
+          PackRow<N>(input(row) + xs.begin, (is_whole ? input(other) : a.zeros) + xs.begin,
+                     xs.end - xs.begin, joined.data(), to_x);
+          PackRow<N>(state_before(row) + hs.begin,
+                     (is_whole ? state_before(other) : a.zeros) + hs.begin, hs.end - hs.begin,
+                     joined.data(), to_h);
         }
-        for (int64_t p = mine.begin; p < mine.end; ++p) {
-          const int64_t column = p * kColumns;
-          const int64_t columns = std::min<int64_t>(kColumns, gates - column);
-          PackGradients<N>(a.d_gates + begin * gates + column, rows, gates, columns,
-                           packed.data(), a.d_bias + column);
-          for (int64_t k = 0; k < features; k += kTileRows) {
-            CALL_TILE(GradientTile, features - k, inputs, k, packed.data(), words,
-                      a.d_kernel_ih + column, gates, columns);
-          }
-          for (int64_t k = 0; k < hidden; k += kTileRows) {
-            CALL_TILE(GradientTile, hidden - k, states, k, packed.data(), words,
-                      a.d_kernel_hh + column, gates, columns);
-          }
+        return;
+      }
+      const Span mine = Part(panels, 1, parts, part);
+      for (int64_t p = mine.begin; p < mine.end; ++p) {
+        const int64_t column = p * kColumns;
+        const int64_t columns = std::min<int64_t>(kColumns, gates - column);
+        PackGradients<N>(a.d_gates + begin * gates + column, rows, gates, columns, packed.data(),
+                         a.d_bias + column);
+        const float* tile = in_tiles.data();
+        for (int64_t k = 0; k < features; k += kTileRows, tile += kTileSize) {
+          CALL_TILE(GradientTile, features - k, tile, packed.data(), words,
+                    a.d_kernel_ih + k * gates + column, gates, columns);
+        }
+        for (int64_t k = 0; k < hidden; k += kTileRows, tile += kTileSize) {
+          CALL_TILE(GradientTile, hidden - k, tile, packed.data(), words,
+                    a.d_kernel_hh + k * gates + column, gates, columns);
         }
       }
-    }
+    });
   });
 }
 

@@ -37,7 +37,7 @@ def is_installed(package):
 @pytest.mark.slow
 def test_the_command_reports_what_it_measured(tmp_path, capsys):
     plot = ["--plot", str(tmp_path / "plot.png")] if is_installed("matplotlib") else []
-    asked = ["lstm_flax", "torch", "keras", "flax.linen.RNN", "jax cuDNN"]
+    asked = ["lstm_flax", "torch", "flax.linen.RNN", "jax cuDNN"]
     flags = [
         "--cases",
         "batch=3,hidden=8,busy=1",
@@ -162,6 +162,13 @@ def test_torch_computes_the_same_from_the_same_weights():
         LSTMClassifier(8, 2).apply({"params": params}, jnp.asarray(images.numpy())),
         atol=1e-6,
     )
+
+
+def test_keras_computes_the_same_from_the_same_weights(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    pytest.importorskip("keras")
+    logits = jax_peers.build_keras(TINY, "infer")()
+    np.testing.assert_allclose(logits, jax_peers.build_ours(TINY, "infer")(), atol=1e-6)
 
 
 def test_onnx_runtime_computes_the_same_and_says_what_it_can_not():

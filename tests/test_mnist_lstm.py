@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_runs import SMALL, command, read_eval, read_lines, start
+from small_runs import SMALL, command, read_eval, read_lines, read_until, start
 
 from experiments import mnist_lstm
 from experiments.console import Progress, duration

@@ -14,12 +14,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
+# Most of the tests' time goes into compiling programs that run once, so that XLA optimises them
+# little: in all processes, since what is compiled otherwise rounds otherwise.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 import jax
 import pytest
-
-# Here most time goes into compiling programs that run once, so that XLA optimises them little.
-# Commands that tests start are compiled as for a user.
-jax.config.update("jax_disable_most_optimizations", True)
 
 ORIGINAL_FILES = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 

@@ -51,6 +51,7 @@ def test_train_and_eval_step_compile_for_tpu_v5e(topology, chips, precision):
             "TPU_SKIP_MDS_QUERY": "1",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # other tests compile at the same time
             "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
         },
         capture_output=True,
         text=True,

@@ -15,6 +15,12 @@ from experiments.benchmark.peers import ENVIRONMENT
 
 Mode = Literal["infer", "train"]
 MODES: tuple[Mode, ...] = ("infer", "train")
+BUSY = """
+import os, sys, threading
+threading.Thread(target=lambda: os._exit(len(sys.stdin.read())), daemon=True).start()
+while True: pass
+"""
+"""A process that computes until its stdin ends, as it does when this one is killed."""
 TOLERANCE = 1e-4
 """Largest difference of two peers' logits, or of their first losses."""
 
@@ -204,9 +210,8 @@ def busy_processes(number: int) -> Iterator[None]:
     """Keep so many processes computing until the body ends."""
     with ExitStack() as stack:
         for _ in range(number):
-            process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-            stack.callback(process.wait)
-            stack.callback(process.kill)
+            command = [sys.executable, "-c", BUSY]
+            stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE))  # closes it
         yield
 
 

@@ -38,7 +38,7 @@ def assert_close(actual, expected, tolerance=2e-6):
 # Sizes below, at and beyond the kernel's tiles of 6 rows and 16 units, and its chunks of 128.
 @pytest.mark.parametrize(
     ("batch", "time", "features", "hidden"),
-    [(1, 1, 1, 1), (3, 5, 7, 5), (13, 11, 9, 37), (40, 28, 28, 64)],
+    [(1, 1, 1, 1), (3, 5, 7, 5), (6, 4, 28, 16), (13, 11, 9, 37), (40, 28, 28, 64)],
 )
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True, "time_major": True}])
 def test_values_and_gradients_are_the_scans(batch, time, features, hidden, options):

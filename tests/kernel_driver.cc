@@ -2,11 +2,9 @@
 // ThreadSanitizer sees all of it; and where helpers don't come, where the system refuses memory, and
 // after forks.
 
-#include <dlfcn.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <random>

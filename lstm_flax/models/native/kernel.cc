@@ -48,10 +48,18 @@ const float* AsWords(const Number* numbers) {
     default: Tile<N, kTileRows>(__VA_ARGS__);                    \
   }
 
-// Has panels of weights packed and then, at each step, a tile computed for all panels and all rows of
-// the batch, by as many threads as pay. Threads that have rows of their own need not meet; but each
-// reads all panels, so where these are too large for its cache, or where there are fewer tiles of
-// rows than threads, groups of threads share the panels and have the same rows.
+// The state that a row has before a step, forward as in the gradients.
+template <typename Arrays>
+const auto* StateBefore(const Arrays& a, int64_t b, int64_t t) {
+  const bool is_first = a.reverse ? t + 1 >= a.lengths[b] : t == 0;
+  if (is_first) return a.h_0 + b * a.size.hidden;
+  return a.outputs + (b * a.size.time + t + (a.reverse ? 1 : -1)) * a.size.hidden;
+}
+
+// Has panels of weights packed and then, at each step, a tile computed for all panels and all rows
+// of the batch, by as many threads as pay. Threads that have rows of their own need not meet; but
+// each reads all panels, so where these are too large for its cache, or where there are fewer tiles
+// of rows than threads, groups of threads share the panels and have the same rows.
 //
 // pack(panel, to) writes panel_size floats; tile(step, panel, packed, rows) computes.
 template <typename Pack, typename Tile>
@@ -68,7 +76,7 @@ void RunSteps(const Helpers& helpers, int64_t batch, int64_t time, int64_t panel
     groups = (groups + 1) / 2;
     sharing = std::min<int64_t>(threads / groups, panels);
   }
-  const int64_t parts = threads == 1 ? 1 : std::min<int64_t>(4 * threads, panels);
+  const int64_t parts = CountParts(threads, panels), shared_parts = CountParts(sharing, panels);
   Scratch packed(panels * panel_size);
   auto compute = [&](int64_t step, Span mine, Span rows) {
     for (int64_t block = rows.begin; block < rows.end; block += kBlock) {
@@ -83,7 +91,7 @@ void RunSteps(const Helpers& helpers, int64_t batch, int64_t time, int64_t panel
   Shares shares(batch, kTileRows, threads);
   std::vector<std::unique_ptr<Steps>> steps;
   for (int g = 0; sharing > 1 && g < groups; ++g) {
-    steps.push_back(std::make_unique<Steps>(time, std::min<int64_t>(4 * sharing, panels), sharing));
+    steps.push_back(std::make_unique<Steps>(time, shared_parts, sharing));
   }
   Parallel(helpers, threads, [&](int thread) {
     packing.Run(thread, [&](int64_t, int64_t part) {
@@ -94,7 +102,7 @@ void RunSteps(const Helpers& helpers, int64_t batch, int64_t time, int64_t panel
       const int group = (thread + g) % groups;
       const Span rows = Part(batch, kTileRows, groups, group);
       steps[group]->Run(thread / groups, [&](int64_t step, int64_t part) {
-        compute(step, Part(panels, 1, std::min<int64_t>(4 * sharing, panels), part), rows);
+        compute(step, Part(panels, 1, shared_parts, part), rows);
       });
     }
     for (Span rows; steps.empty() && shares.Next(&rows);) {
@@ -193,15 +201,6 @@ void FinishStep(const ForwardArrays<N>& a, int64_t b, int64_t t, int64_t unit, c
   }
 }
 
-// The state that a row has before a step.
-template <typename N>
-const typename N::Number* StateBefore(const ForwardArrays<N>& a, int64_t b, int64_t t) {
-  const auto [batch, time, features, hidden] = a.size;
-  const bool is_first = a.reverse ? t + 1 >= a.lengths[b] : t == 0;
-  if (is_first) return a.h_0 + b * hidden;
-  return a.outputs + (b * time + t + (a.reverse ? 1 : -1)) * hidden;
-}
-
 template <typename N, int kRows>
 void ForwardTile(const ForwardArrays<N>& a, int64_t row, int64_t t, int64_t panel,
                  const float* packed) {
@@ -290,9 +289,10 @@ void StreamStep(const ForwardArrays<Float32>& a, int64_t row, int64_t t, Span un
   }
   for (int r = 0; r < kRows; ++r) {
     for (int64_t unit = units.begin; unit < units.end; unit += kLanes) {
+      const float* from = a.sums + (row + r) * 4 * hidden + unit;
       Vec sums[4];
       for (int gate = 0; gate < 4; ++gate) {
-        sums[gate] = Load(a.sums + ((row + r) * 4 + gate) * hidden + unit, CountLanes(hidden, unit));
+        sums[gate] = Load(from + gate * hidden, CountLanes(hidden, unit));
       }
       FinishStep(a, row + r, t, unit, sums);
     }
@@ -307,7 +307,7 @@ void RunFewRows(const Helpers& helpers, ForwardArrays<Float32> a) {
   Scratch sums(batch * 4 * hidden);
   a.sums = sums.data();
   const int threads = CountThreads(helpers, 4. * batch * time * (features + hidden) * hidden);
-  const int64_t parts = threads == 1 ? 1 : std::min(4L * threads, (hidden + kLanes - 1) / kLanes);
+  const int64_t parts = CountParts(threads, (hidden + kLanes - 1) / kLanes);
   Steps steps(time, parts, threads);
   Parallel(helpers, threads, [&](int thread) {
     steps.Run(thread, [&](int64_t step, int64_t part) {
@@ -557,8 +557,8 @@ struct WeightGradientArrays {
 };
 
 // Lays so many numbers of one row, or of two that share words, into tiles of kTileRows columns:
-// tile by tile, word by word, so that a product finds them side by side. `to` is this word's place in
-// the first tile, `joined` has room for a row.
+// tile by tile, word by word, so that a product finds them side by side. `to` is this word's place
+// in the first tile, `joined` has room for a row.
 template <typename N>
 void PackRow(const typename N::Number* first, const typename N::Number* second, int64_t count,
              float* joined, float* to) {
@@ -568,12 +568,11 @@ void PackRow(const typename N::Number* first, const typename N::Number* second, 
   }
 }
 
-// The gradients of both kernels and the bias, from all rows of batch and time, chunk by chunk: first
-// the inputs and states of a chunk are laid in tiles, then each panel of the gates' gradients is
-// multiplied by all of them. A panel's sums meet the chunks in order, whoever adds them up.
+// The gradients of both kernels and the bias, from all rows of batch and time, chunk by chunk:
+// first the inputs and states of a chunk are laid in tiles, then each panel of the gates' gradients
+// is multiplied by all of them. A panel's sums meet the chunks in order, whoever adds them up.
 template <typename N>
 void RunWeightGradients(const Helpers& helpers, const WeightGradientArrays<N>& a) {
-  typedef typename N::Number Number;
   const int64_t time = a.size.time, features = a.size.features, hidden = a.size.hidden;
   const int64_t total = a.size.batch * time;
   const int64_t gates = 4 * hidden, panels = (gates + kColumns - 1) / kColumns;
@@ -585,14 +584,10 @@ void RunWeightGradients(const Helpers& helpers, const WeightGradientArrays<N>& a
   std::fill_n(a.d_bias, gates, 0.f);
   if (total == 0 || hidden == 0) return;
   auto input = [&](int64_t row) { return a.x + row * features; };
-  auto state_before = [&](int64_t row) -> const Number* {
-    const int64_t b = row / time, t = row % time;
-    const bool is_first = a.reverse ? t + 1 >= a.lengths[b] : t == 0;
-    return is_first ? a.h_0 + b * hidden : a.outputs + (row + (a.reverse ? 1 : -1)) * hidden;
-  };
+  auto state_before = [&](int64_t row) { return StateBefore(a, row / time, row % time); };
   const int threads =
       CountThreads(helpers, 1. * total * (features + hidden) * gates / N::kPerWord);
-  const int64_t parts = threads == 1 ? 1 : std::min<int64_t>(4 * threads, panels);
+  const int64_t parts = CountParts(threads, panels);
   Scratch in_tiles(tiles * kTileSize);
   Steps steps(2 * ((total + kChunk - 1) / kChunk), parts, threads);
   Parallel(helpers, threads, [&](int thread) {
@@ -658,9 +653,10 @@ inline Helpers HelpersOf(ffi::ThreadPool& pool) {
 }
 
 template <typename N>
-ffi::Error Forward(ffi::ThreadPool pool, Numbers<N> x, Floats kernel_ih, Floats kernel_hh, Floats bias, Numbers<N> h_0,
-                   Floats c_0, Lengths lengths, NumbersResult<N> outputs, NumbersResult<N> h_n,
-                   FloatsResult c_n, FloatsResult gates, FloatsResult cells, bool reverse) try {
+ffi::Error Forward(ffi::ThreadPool pool, Numbers<N> x, Floats kernel_ih, Floats kernel_hh,
+                   Floats bias, Numbers<N> h_0, Floats c_0, Lengths lengths,
+                   NumbersResult<N> outputs, NumbersResult<N> h_n, FloatsResult c_n,
+                   FloatsResult gates, FloatsResult cells, bool reverse) try {
   const Sizes size = {Dim(x, 0), Dim(x, 1), Dim(x, 2), Dim(kernel_hh, 0)};
   const auto [batch, time, features, hidden] = size;
   const bool keep = !IsEmpty(*gates) || !IsEmpty(*cells);
@@ -685,19 +681,22 @@ ffi::Error Forward(ffi::ThreadPool pool, Numbers<N> x, Floats kernel_ih, Floats 
   PreferLargePages(outputs->typed_data(), outputs->size_bytes());
   if (keep) PreferLargePages(gates->typed_data(), gates->size_bytes());
   if (keep) PreferLargePages(cells->typed_data(), cells->size_bytes());
-  RunForward<N>(HelpersOf(pool), {size, x.typed_data(), kernel_ih.typed_data(), kernel_hh.typed_data(),
-                 bias.typed_data(), h_0.typed_data(), c_0.typed_data(), lengths.typed_data(),
-                 reverse, outputs->typed_data(), h_n->typed_data(), c_n->typed_data(),
-                 keep ? gates->typed_data() : nullptr, keep ? cells->typed_data() : nullptr});
+  RunForward<N>(
+      HelpersOf(pool),
+      {size, x.typed_data(), kernel_ih.typed_data(), kernel_hh.typed_data(), bias.typed_data(),
+       h_0.typed_data(), c_0.typed_data(), lengths.typed_data(), reverse, outputs->typed_data(),
+       h_n->typed_data(), c_n->typed_data(),
+       keep ? gates->typed_data() : nullptr, keep ? cells->typed_data() : nullptr});
   return ffi::Error::Success();
 } catch (const std::exception&) {
   return OutOfMemory();
 }
 
 template <typename N>
-ffi::Error GateGradients(ffi::ThreadPool pool, Floats kernel_hh, Floats c_0, Lengths lengths, Floats gates, Floats cells,
-                         Numbers<N> d_outputs, Numbers<N> d_h_n, Floats d_c_n,
-                         NumbersResult<N> d_gates, FloatsResult d_c_0, bool reverse) try {
+ffi::Error GateGradients(ffi::ThreadPool pool, Floats kernel_hh, Floats c_0, Lengths lengths,
+                         Floats gates, Floats cells, Numbers<N> d_outputs, Numbers<N> d_h_n,
+                         Floats d_c_n, NumbersResult<N> d_gates, FloatsResult d_c_0,
+                         bool reverse) try {
   const int64_t batch = Dim(cells, 0), time = Dim(cells, 1), hidden = Dim(kernel_hh, 0);
   Checks checks;
   checks.Shape("kernel_hh [hidden, 4 * hidden]", kernel_hh, {hidden, 4 * hidden});
@@ -715,19 +714,20 @@ ffi::Error GateGradients(ffi::ThreadPool pool, Floats kernel_hh, Floats c_0, Len
   if (checks.failed()) return checks.error();
 
   const std::vector<typename N::Number> zeros(IsEmpty(cells) ? 0 : 4 * hidden);
-  RunGateGradients<N>(HelpersOf(pool), {{batch, time, 0, hidden}, kernel_hh.typed_data(), c_0.typed_data(),
-                       lengths.typed_data(), gates.typed_data(), cells.typed_data(),
-                       d_outputs.typed_data(), d_h_n.typed_data(), d_c_n.typed_data(), reverse,
-                       d_gates->typed_data(), d_c_0->typed_data(), zeros.data()});
+  RunGateGradients<N>(
+      HelpersOf(pool),
+      {{batch, time, 0, hidden}, kernel_hh.typed_data(), c_0.typed_data(), lengths.typed_data(),
+       gates.typed_data(), cells.typed_data(), d_outputs.typed_data(), d_h_n.typed_data(),
+       d_c_n.typed_data(), reverse, d_gates->typed_data(), d_c_0->typed_data(), zeros.data()});
   return ffi::Error::Success();
 } catch (const std::exception&) {
   return OutOfMemory();
 }
 
 template <typename N>
-ffi::Error WeightGradients(ffi::ThreadPool pool, Numbers<N> x, Numbers<N> h_0, Numbers<N> outputs, Lengths lengths,
-                           Numbers<N> d_gates, FloatsResult d_kernel_ih, FloatsResult d_kernel_hh,
-                           FloatsResult d_bias, bool reverse) try {
+ffi::Error WeightGradients(ffi::ThreadPool pool, Numbers<N> x, Numbers<N> h_0, Numbers<N> outputs,
+                           Lengths lengths, Numbers<N> d_gates, FloatsResult d_kernel_ih,
+                           FloatsResult d_kernel_hh, FloatsResult d_bias, bool reverse) try {
   const int64_t batch = Dim(x, 0), time = Dim(x, 1), features = Dim(x, 2), hidden = Dim(h_0, 1);
   Checks checks;
   checks.Shape("x [batch, time, features]", x, {batch, time, features});
@@ -744,17 +744,19 @@ ffi::Error WeightGradients(ffi::ThreadPool pool, Numbers<N> x, Numbers<N> h_0, N
   if (checks.failed()) return checks.error();
 
   const std::vector<typename N::Number> zeros(IsEmpty(outputs) ? 0 : std::max(hidden, features));
-  RunWeightGradients<N>(HelpersOf(pool), {{batch, time, features, hidden}, x.typed_data(), h_0.typed_data(),
-                         outputs.typed_data(), lengths.typed_data(), d_gates.typed_data(), reverse,
-                         d_kernel_ih->typed_data(), d_kernel_hh->typed_data(),
-                         d_bias->typed_data(), zeros.data()});
+  RunWeightGradients<N>(
+      HelpersOf(pool),
+      {{batch, time, features, hidden}, x.typed_data(), h_0.typed_data(), outputs.typed_data(),
+       lengths.typed_data(), d_gates.typed_data(), reverse, d_kernel_ih->typed_data(),
+       d_kernel_hh->typed_data(), d_bias->typed_data(), zeros.data()});
   return ffi::Error::Success();
 } catch (const std::exception&) {
   return OutOfMemory();
 }
 
 template <typename N>
-ffi::Error InputGradient(ffi::ThreadPool pool, Numbers<N> d_gates, Floats kernel_ih, NumbersResult<N> d_x) try {
+ffi::Error InputGradient(ffi::ThreadPool pool, Numbers<N> d_gates, Floats kernel_ih,
+                         NumbersResult<N> d_x) try {
   const int64_t batch = Dim(d_gates, 0), time = Dim(d_gates, 1), gates = Dim(d_gates, 2);
   const int64_t features = Dim(kernel_ih, 0);
   Checks checks;
@@ -764,8 +766,10 @@ ffi::Error InputGradient(ffi::ThreadPool pool, Numbers<N> d_gates, Floats kernel
   checks.Words("gates", gates, N::kPerWord);
   if (checks.failed()) return checks.error();
 
-  RunInputGradient<N>(HelpersOf(pool), {batch * time, features, gates, d_gates.typed_data(),
-                       kernel_ih.typed_data(), d_x->typed_data()});
+  RunInputGradient<N>(
+      HelpersOf(pool),
+      {batch * time, features, gates, d_gates.typed_data(), kernel_ih.typed_data(),
+       d_x->typed_data()});
   return ffi::Error::Success();
 } catch (const std::exception&) {
   return OutOfMemory();

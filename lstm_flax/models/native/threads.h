@@ -70,9 +70,9 @@ inline int CountThreads(const Helpers& helpers, double multiplications) {
   return most < 2 ? 1 : std::min<int>(most, CountCores());
 }
 
-// Calls work(0) here, and work(1), work(2) ... on helpers if and when they come. What there is to do
-// is taken part by part by whoever is there, so that work(0) is done when all is: nobody waits for a
-// helper that does not come, or comes late. One that throws, for want of memory, just leaves.
+// Calls work(0) here, and work(1), work(2) ... on helpers if and when they come. What there is to
+// do is taken part by part by whoever is there, so that work(0) is done when all is: nobody waits
+// for a helper that does not come, or comes late. One that throws, for want of memory, just leaves.
 template <typename Work>
 void Parallel(const Helpers& helpers, int threads, const Work& work) {
   struct Door {
@@ -146,6 +146,11 @@ class Shares {
   const int64_t end_, unit_;
   const int threads_;
 };
+
+// Of so many units of work: some for each thread, so that whoever is early finds more to do.
+inline int64_t CountParts(int threads, int64_t units) {
+  return threads == 1 ? 1 : std::min<int64_t>(4 * threads, units);
+}
 
 // Steps of a few parts each, every one of which needs all parts of the step before it. A thread
 // begins with the same parts at each step, which it has in its cache, and then takes what is left.

@@ -43,8 +43,8 @@ const float* AsWords(const Number* numbers) {
     case 1: Tile<N, 1>(__VA_ARGS__); break;                      \
     case 2: Tile<N, 2>(__VA_ARGS__); break;                      \
     case 3: Tile<N, 3>(__VA_ARGS__); break;                      \
-    case 4: Tile<N, std::min(4, kTileRows)>(__VA_ARGS__); break; \
-    case 5: Tile<N, std::min(5, kTileRows)>(__VA_ARGS__); break; \
+    case 4: Tile<N, 4>(__VA_ARGS__); break;                      \
+    case 5: Tile<N, 5>(__VA_ARGS__); break;                      \
     default: Tile<N, kTileRows>(__VA_ARGS__);                    \
   }
 
@@ -230,22 +230,22 @@ void ForwardTile(const ForwardArrays<N>& a, int64_t row, int64_t t, int64_t pane
   for (int r = 0; r < kRows; ++r) FinishStep(a, row + r, t, unit, acc[r]);
 }
 
-// sums[row][column] += rows[row][k] * weights[k][column] over all k and so many columns: for so few
-// rows that weights are best read once, where and as they lie.
+// sums[row][column] += rows[row][k] * weights[k][column] over so many k from k on and all columns:
+// for so few rows that weights are best read once, where and as they lie.
 template <int kRows, int kDepth>
-void StreamTile(const float* const* rows, int64_t k, const float* weights, int64_t stride,
-                int64_t columns, float* const* sums) {
+void StreamTile(const float* const* rows, int64_t k, const float* weights, int64_t columns,
+                float* const* sums) {
   float a[kRows][kDepth];
   for (int r = 0; r < kRows; ++r) {
     for (int d = 0; d < kDepth; ++d) a[r][d] = rows[r][k + d];
   }
-  weights += k * stride;
+  weights += k * columns;
   auto add = [&](int64_t column, int count) {
     Vec acc[kRows];
     for (int r = 0; r < kRows; ++r) acc[r] = Load(sums[r] + column, count);
 #pragma GCC unroll 8
     for (int d = 0; d < kDepth; ++d) {
-      const Vec w = Load(weights + d * stride + column, count);
+      const Vec w = Load(weights + d * columns + column, count);
       for (int r = 0; r < kRows; ++r) acc[r] += a[r][d] * w;
     }
     for (int r = 0; r < kRows; ++r) Store(sums[r] + column, acc[r], count);
@@ -256,74 +256,63 @@ void StreamTile(const float* const* rows, int64_t k, const float* weights, int64
 }
 
 template <int kRows>
-void StreamRows(const float* const* rows, int64_t depth, const float* weights, int64_t stride,
-                int64_t columns, float* const* sums) {
+void StreamRows(const float* const* rows, int64_t depth, const float* weights, int64_t columns,
+                float* const* sums) {
   constexpr int kDepth = kRows == 1 ? 8 : kRows == 2 ? 4 : 2;  // all at once fill the registers
   int64_t k = 0;
   for (; k + kDepth <= depth; k += kDepth) {
-    StreamTile<kRows, kDepth>(rows, k, weights, stride, columns, sums);
+    StreamTile<kRows, kDepth>(rows, k, weights, columns, sums);
   }
-  for (; k < depth; ++k) StreamTile<kRows, 1>(rows, k, weights, stride, columns, sums);
+  for (; k < depth; ++k) StreamTile<kRows, 1>(rows, k, weights, columns, sums);
 }
 
-// One step for some units and rows, with weights that nobody has packed.
+// One step of so many rows, with weights that nobody has packed.
 template <int kRows>
-void StreamStep(const ForwardArrays<Float32>& a, int64_t row, int64_t t, Span units) {
+void StreamStep(const ForwardArrays<Float32>& a, int64_t row, int64_t t) {
   const auto [batch, time, features, hidden] = a.size;
   const float *inputs[kRows], *states[kRows];
+  float* sums[kRows];
   for (int r = 0; r < kRows; ++r) {
     inputs[r] = a.x + ((row + r) * time + t) * features;
     states[r] = StateBefore(a, row + r, t);
+    sums[r] = a.sums + r * 4 * hidden;
+    std::copy_n(a.bias, 4 * hidden, sums[r]);
   }
-  // The columns of all gates lie side by side if these are all units.
-  const bool is_all = units.end - units.begin == hidden;
-  const int64_t columns = is_all ? 4 * hidden : units.end - units.begin;
-  for (int64_t begin = units.begin; begin < 4 * hidden; begin += is_all ? 4 * hidden : hidden) {
-    float* sums[kRows];
-    for (int r = 0; r < kRows; ++r) {
-      sums[r] = a.sums + (row + r) * 4 * hidden + begin;
-      std::copy_n(a.bias + begin, columns, sums[r]);
-    }
-    StreamRows<kRows>(inputs, features, a.kernel_ih + begin, 4 * hidden, columns, sums);
-    StreamRows<kRows>(states, hidden, a.kernel_hh + begin, 4 * hidden, columns, sums);
-  }
+  StreamRows<kRows>(inputs, features, a.kernel_ih, 4 * hidden, sums);
+  StreamRows<kRows>(states, hidden, a.kernel_hh, 4 * hidden, sums);
   for (int r = 0; r < kRows; ++r) {
-    for (int64_t unit = units.begin; unit < units.end; unit += kLanes) {
-      const float* from = a.sums + (row + r) * 4 * hidden + unit;
-      Vec sums[4];
+    for (int64_t unit = 0; unit < hidden; unit += kLanes) {
+      Vec four[4];
       for (int gate = 0; gate < 4; ++gate) {
-        sums[gate] = Load(from + gate * hidden, CountLanes(hidden, unit));
+        four[gate] = Load(sums[r] + gate * hidden + unit, CountLanes(hidden, unit));
       }
-      FinishStep(a, row + r, t, unit, sums);
+      FinishStep(a, row + r, t, unit, four);
     }
   }
 }
 
 // So few rows of batch and time that packing the weights would take longer than it saves.
-constexpr int64_t kFewRows = 12;
+constexpr int64_t kFewRows = 8;
 
-void RunFewRows(const Helpers& helpers, ForwardArrays<Float32> a) {
+// By one thread: what limits it is how fast the weights come from memory, in one long row, and
+// others that read parts of each row slow it down.
+void RunFewRows(ForwardArrays<Float32> a) {
+  constexpr int64_t kRows = 4;
   const auto [batch, time, features, hidden] = a.size;
-  Scratch sums(batch * 4 * hidden);
+  Scratch sums(std::min(batch, kRows) * 4 * hidden);
   a.sums = sums.data();
-  const int threads = CountThreads(helpers, 4. * batch * time * (features + hidden) * hidden);
-  const int64_t parts = CountParts(threads, (hidden + kLanes - 1) / kLanes);
-  Steps steps(time, parts, threads);
-  Parallel(helpers, threads, [&](int thread) {
-    steps.Run(thread, [&](int64_t step, int64_t part) {
-      const Span units = Part(hidden, kLanes, parts, part);
-      const int64_t t = a.reverse ? time - 1 - step : step;
-      for (int64_t row = 0; row < batch; row += 4) {
-        switch (batch - row) {
-          case 1: StreamStep<1>(a, row, t, units); break;
-          case 2: StreamStep<2>(a, row, t, units); break;
-          case 3: StreamStep<3>(a, row, t, units); break;
-          default: StreamStep<4>(a, row, t, units);
-        }
+  for (int64_t step = 0; step < time; ++step) {
+    const int64_t t = a.reverse ? time - 1 - step : step;
+    for (int64_t row = 0; row < batch; row += kRows) {
+      switch (batch - row) {
+        case 1: StreamStep<1>(a, row, t); break;
+        case 2: StreamStep<2>(a, row, t); break;
+        case 3: StreamStep<3>(a, row, t); break;
+        default: StreamStep<kRows>(a, row, t);
       }
-    });
-    EndStreams();
-  });
+    }
+  }
+  EndStreams();
 }
 
 template <typename N>
@@ -332,7 +321,7 @@ void RunForward(const Helpers& helpers, ForwardArrays<N> a) {
   std::copy_n(a.h_0, batch * hidden, a.h_n);
   std::copy_n(a.c_0, batch * hidden, a.c_n);
   if constexpr (N::kPerWord == 1) {
-    if (batch * time <= kFewRows) return RunFewRows(helpers, a);
+    if (batch * time <= kFewRows) return RunFewRows(a);
   }
   const bool ahead = batch < kTileRows;
   Scratch sums(ahead && !a.gates ? batch * time * 4 * hidden : 0);
@@ -505,16 +494,8 @@ template <typename N, int kRows>
 void GradientTile(const float* words, const float* packed, int64_t number, float* to,
                   int64_t stride, int64_t columns) {
   Vec acc[kRows][4] = {};
-  for (int64_t i = 0; i < number; ++i, packed += kColumns, words += kTileRows) {
-    Vec d[4];
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) d[v] = Load(packed + v * kLanes);
-#pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) acc[r][v] = N::MultiplyAdd(acc[r][v], words[r], d[v]);
-    }
-  }
+  const auto word = [&](int r, int64_t i) { return words[i * kTileRows + r]; };
+  MultiplyWords<N, kRows>(acc, word, packed, number);
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v * kLanes < columns; ++v) {
       const int count = std::min<int64_t>(kLanes, columns - v * kLanes);

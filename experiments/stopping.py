@@ -44,8 +44,9 @@ class StopRequests:
 
     def listen(self) -> None:
         """Hear SIGINT and SIGTERM from now on, to the end of the process."""
-        if isinstance(sys.stdout, io.TextIOWrapper):  # so that leaving at once loses no line
-            sys.stdout.reconfigure(line_buffering=True)
+        for stream in (sys.stdout, sys.stderr):  # whole lines: leaving at once loses and cuts none
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(line_buffering=True, write_through=False)
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)

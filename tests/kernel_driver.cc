@@ -1,11 +1,10 @@
 // Runs the kernel's work on more threads than the machine has cores, without Python or XLA, so that
-// ThreadSanitizer sees all of it; and where the system refuses threads and memory, and after forks.
+// ThreadSanitizer sees all of it; and where helpers don't come, where the system refuses memory, and
+// after forks.
 
-#include <dlfcn.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -15,7 +14,7 @@
 namespace {
 
 std::atomic<int> cores{1};
-std::atomic<int> threads_left{1 << 30};      // that the system will start
+std::atomic<int> helpers_left{1 << 30};      // that will come
 std::atomic<int> allocations_left{1 << 30};  // of vectors
 
 typedef std::vector<float> Array;
@@ -47,18 +46,30 @@ Results Run(lstm::Sizes size, bool reverse) {
   r.d_ih.resize(kernel_ih.size()), r.d_hh.resize(kernel_hh.size());
   r.d_bias.resize(bias.size()), r.d_x.resize(x.size());
   const Array zeros(std::max(4 * hidden, features));
+  std::vector<std::thread> helpers;
+  const lstm::Helpers pool{cores - 1, [&](std::function<void()> task) {
+    if (helpers_left-- > 0) helpers.emplace_back(std::move(task));
+  }};
+  struct JoinAll {
+    ~JoinAll() { for (std::thread& helper : helpers) helper.join(); }
+    std::vector<std::thread>& helpers;
+  } join_all{helpers};
   lstm::RunForward<lstm::Float32>(
+      pool,
       {size, x.data(), kernel_ih.data(), kernel_hh.data(), bias.data(), h_0.data(), c_0.data(),
        lengths.data(), reverse, r.outputs.data(), r.h_n.data(), r.c_n.data(), r.gates.data(),
        r.cells.data()});
   lstm::RunGateGradients<lstm::Float32>(
+      pool,
       {size, kernel_hh.data(), c_0.data(), lengths.data(), r.gates.data(), r.cells.data(),
        d_outputs.data(), h_0.data(), c_0.data(), reverse, r.d_gates.data(), r.d_c_0.data(),
        zeros.data()});
   lstm::RunWeightGradients<lstm::Float32>(
+      pool,
       {size, x.data(), h_0.data(), r.outputs.data(), lengths.data(), r.d_gates.data(), reverse,
        r.d_ih.data(), r.d_hh.data(), r.d_bias.data(), zeros.data()});
   lstm::RunInputGradient<lstm::Float32>(
+      pool,
       {batch * time, features, 4 * hidden, r.d_gates.data(), kernel_ih.data(), r.d_x.data()});
   return r;
 }
@@ -77,8 +88,9 @@ void Expect(bool is_right, const char* what, int64_t which) {
   ++failures;
 }
 
-// Of few rows, whose threads share panels; of many, which they share; and of both.
-const lstm::Sizes kSizes[] = {{1, 5, 7, 70}, {4, 3, 90, 33}, {40, 6, 28, 24}, {9, 4, 30, 30}};
+// With weights as they lie; with panels that all threads share, or groups of them, or none.
+const lstm::Sizes kSizes[] = {
+    {1, 5, 7, 70}, {4, 3, 90, 33}, {2, 9, 40, 70}, {9, 4, 30, 70}, {40, 6, 28, 24}};
 
 void ThreadsComputeAsOneDoes() {
   for (const lstm::Sizes& size : kSizes) {
@@ -93,16 +105,16 @@ void ThreadsComputeAsOneDoes() {
   }
 }
 
-void RefusedThreadsAreDoneWithout() {
+void HelpersThatDoNotComeAreDoneWithout() {
   for (const lstm::Sizes& size : kSizes) {
     cores = 1;
     const Results expected = Run(size, false);
     cores = 5;
     for (const int left : {0, 1, 2, 3, 5, 8}) {
-      threads_left = left;
-      Expect(Run(size, false) == expected, "refused threads", left);
+      helpers_left = left;
+      Expect(Run(size, false) == expected, "helpers that do not come", left);
     }
-    threads_left = 1 << 30;
+    helpers_left = 1 << 30;
   }
 }
 
@@ -171,14 +183,6 @@ extern "C" int sched_getaffinity(pid_t, size_t size, cpu_set_t* mask) noexcept {
   return 0;
 }
 
-extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* attributes,
-                              void* (*run)(void*), void* argument) noexcept {
-  if (threads_left-- <= 0) return EAGAIN;
-  static const auto create =
-      reinterpret_cast<decltype(&pthread_create)>(dlsym(RTLD_NEXT, "pthread_create"));
-  return create(thread, attributes, run, argument);
-}
-
 void* operator new(size_t size, std::align_val_t alignment) {
   void* memory = nullptr;
   if (allocations_left-- <= 0 ||
@@ -192,9 +196,10 @@ void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory
 void operator delete(void* memory, size_t, std::align_val_t) noexcept { std::free(memory); }
 
 int main() {
+  lstm::worth_a_thread = 1;
   RefusedMemoryIsThrown();  // first: later calls have memory of earlier ones
   ThreadsComputeAsOneDoes();
-  RefusedThreadsAreDoneWithout();
+  HelpersThatDoNotComeAreDoneWithout();
   CallersAtOnceCompute();
 #if !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)  // whose locks know no forks
   ForkedChildrenCompute();

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import json
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from printed import table_rows
 
-from experiments.benchmark import jax_peers, peers, torch_peers
+from experiments.benchmark import jax_peers, onnx_peer, peers, torch_peers
 from experiments.benchmark.__main__ import main
 from experiments.benchmark.cases import (
     STAR,
@@ -16,6 +17,7 @@ from experiments.benchmark.cases import (
     examples,
     forward_flops,
     parse_case,
+    parse_cases,
     train_flops,
     weights,
 )
@@ -35,8 +37,16 @@ def is_installed(package):
 @pytest.mark.slow
 def test_the_command_reports_what_it_measured(tmp_path, capsys):
     plot = ["--plot", str(tmp_path / "plot.png")] if is_installed("matplotlib") else []
-    asked = ["lstm_flax", "torch", "keras", "flax.linen.RNN", "jax cuDNN"]
-    flags = ["--cases", "batch=3,hidden=8", "--rounds", "3", "--seconds", "0.001", "--no-memory"]
+    asked = ["lstm_flax", "torch", "flax.linen.RNN", "jax cuDNN"]
+    flags = [
+        "--cases",
+        "batch=3,hidden=8,busy=1",
+        "--rounds",
+        "3",
+        "--seconds",
+        "0.001",
+        "--no-memory",
+    ]
     assert main(["--peers", *asked, *flags, "--json", str(tmp_path / "raw.json"), *plot]) == 0
     printed = capsys.readouterr().out
     raw = json.loads((tmp_path / "raw.json").read_text())
@@ -65,6 +75,11 @@ def test_the_command_reports_what_it_measured(tmp_path, capsys):
         assert min(rounds) <= found["low"] <= found["median"] <= found["high"] <= max(rounds)
         assert f"{found['median']:.2f} ({found['low']:.2f} to {found['high']:.2f})" in printed
         assert f"{np.median(speeds[mode, peer]):,.0f}" in printed
+    # Beside the busy process, each call is timed.
+    assert all(
+        0 < turn["slow"] <= turn["seconds"] for m in raw["measurements"] for turn in m["rounds"]
+    )
+    assert "95th percentile, ms" in printed
     # Each table's rows have as many cells as its header.
     for block in printed.strip().split("\n\n"):
         lines = [line for line in block.splitlines() if line.startswith("|")]
@@ -149,6 +164,28 @@ def test_torch_computes_the_same_from_the_same_weights():
     )
 
 
+def test_keras_computes_the_same_from_the_same_weights(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    pytest.importorskip("keras")
+    logits = jax_peers.build_keras(TINY, "infer")()
+    np.testing.assert_allclose(logits, jax_peers.build_ours(TINY, "infer")(), atol=1e-6)
+
+
+def test_onnx_runtime_computes_the_same_and_says_what_it_can_not():
+    pytest.importorskip("onnxruntime")
+    logits = onnx_peer.build_onnx(TINY, "infer")()
+    np.testing.assert_allclose(logits, jax_peers.build_ours(TINY, "infer")(), atol=1e-6)
+    with pytest.raises(Unavailable, match="no training"):
+        onnx_peer.build_onnx(TINY, "train")
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_examples_one_by_one_give_the_same(mode):
+    mapped = dataclasses.replace(TINY, mapped=1)
+    expected = jax_peers.build_ours(TINY, mode)()
+    np.testing.assert_allclose(jax_peers.build_ours(mapped, mode)(), expected, atol=1e-6)
+
+
 def test_the_weights_reach_cudnn_in_its_order():
     from jax.experimental import rnn
 
@@ -189,6 +226,8 @@ def test_other_results_are_no_comparison():
 
 def test_cases_are_read_as_they_differ_from_the_centre():
     assert parse_case("batch=1") == Case(batch=1)
+    assert parse_cases("vmap")[1].mapped == 1
+    assert parse_cases("batch=1") == [Case(batch=1)]
     assert parse_case("time=784,features=1") in STAR
     assert len(set(STAR)) == len(STAR) == 9
     with pytest.raises(ValueError, match="'width' is none of batch, time"):

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from experiments.benchmark import job as jobs
 from experiments.benchmark import report, tpu
-from experiments.benchmark.cases import QUICK, STAR, Case, parse_case
-from experiments.benchmark.measure import MODES, PeerError, Settings, measure
+from experiments.benchmark.cases import QUICK, STAR, Case, parse_cases
+from experiments.benchmark.measure import MODES, Mode, PeerError, Settings, measure
 from experiments.benchmark.peers import OURS, PEERS
 from experiments.command import command
 from experiments.run_files import replacing
@@ -47,7 +47,10 @@ class Options:
     implementations: tuple[str, ...] = ()
     """Of this project, by name, each as a peer too; without them it chooses one by itself."""
     cases: tuple[str, ...] = ()
-    """Sizes as they differ from the centre, such as batch=1 hidden=64,layers=3; none: a star."""
+    """Sizes as they differ from the centre, such as batch=1 hidden=64,layers=3, or the groups
+    latency, vmap, busy and grid; none: the group star."""
+    modes: tuple[Mode, ...] = MODES
+    """What to time of each case."""
     quick: bool = False
     """Three cases of the star."""
     rounds: int = 7
@@ -118,7 +121,7 @@ def chosen_cases(options: Options) -> list[Case]:
     if options.quick:
         return QUICK
     try:
-        return [parse_case(text) for text in options.cases] or STAR
+        return [case for text in options.cases for case in parse_cases(text)] or STAR
     except ValueError as error:
         raise UsageError(f"--cases: {error}") from error
 
@@ -132,9 +135,9 @@ def chosen_peers(options: Options) -> list[str]:
 def run_cases(options: Options) -> None:
     """Measure, print, write and draw."""
     cases, peers = chosen_cases(options), chosen_peers(options)
-    settings = Settings(options.rounds, options.seconds, options.memory)
+    settings = Settings(options.rounds, options.seconds, options.memory, options.modes)
     tell(f"measuring {counted(len(cases), 'case')} with {counted(len(peers), 'peer')}")
-    with tqdm(total=len(cases) * len(MODES), unit=" cases", disable=None) as bar:
+    with tqdm(total=len(cases) * len(options.modes), unit=" cases", disable=None) as bar:
 
         def advance(done: str) -> None:
             bar.set_postfix_str(done, refresh=False)

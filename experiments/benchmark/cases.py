@@ -1,6 +1,7 @@
 """What the benchmark computes: shapes, the same random images and weights for all, and FLOPs."""
 
 import dataclasses
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,14 +18,15 @@ class Case:
     features: int = 28  # numbers a step
     hidden: int = 256  # units of each layer
     layers: int = 2
+    mapped: int = 0  # 1: `jax.vmap` over the examples, each a batch of one
+    busy: int = 0  # other processes that compute at the same time
 
     @property
     def name(self) -> str:
         """How tables call it."""
-        return (
-            f"{self.layers} x {self.hidden}, batch {self.batch}, "
-            f"{self.time} steps of {self.features}"
-        )
+        steps = "1 step" if self.time == 1 else f"{self.time} steps"
+        name = f"{self.layers} x {self.hidden}, batch {self.batch}, {steps} of {self.features}"
+        return name + ", vmap" * bool(self.mapped) + f", {self.busy} busy" * bool(self.busy)
 
 
 CENTRE = Case()
@@ -40,6 +42,37 @@ AXES = {
 STAR = list(dict.fromkeys(case for cases in AXES.values() for case in cases))
 QUICK = [CENTRE, Case(batch=1), Case(hidden=64)]
 
+_ALL = itertools.product([16, 64, 256, 1024], [1, 16, 128, 1024], [1, 28, 1000], [1, 2])
+GROUPS = {
+    "star": STAR,
+    "latency": [
+        Case(hidden=64, layers=1, batch=1, time=1),
+        Case(batch=1, time=1),
+        Case(hidden=512, batch=1, time=1),
+        Case(batch=1),
+        Case(batch=16),
+        Case(),
+        Case(batch=1024),
+        Case(hidden=128, layers=1, batch=64, time=784),
+    ],
+    "vmap": [Case(batch=256, hidden=64), Case(batch=256, hidden=64, mapped=1)],
+    "busy": [Case(batch=3, time=20, hidden=64, busy=2), Case(batch=6, busy=2)],
+    # All that a machine with a few GB computes in a second or so.
+    "grid": [
+        Case(b, t, hidden=h, layers=k) for h, b, t, k in _ALL if b * t * h * (h + 256) * k < 2**34
+    ],
+}
+"""By the names that a command line may give for them."""
+
+
+def parse_cases(text: str) -> list[Case]:
+    """Read a group's name, or a case as `parse_case` does.
+
+    Raises:
+        ValueError: it is neither; the message says why.
+    """
+    return GROUPS[text] if text in GROUPS else [parse_case(text)]
+
 
 def parse_case(text: str) -> Case:
     """Read a case as it differs from the centre: `batch=1` or `time=784,features=1`.
@@ -52,7 +85,9 @@ def parse_case(text: str) -> Case:
         name, _, size = part.strip().partition("=")
         if name not in {field.name for field in dataclasses.fields(Case)}:
             known = ", ".join(field.name for field in dataclasses.fields(Case))
-            raise ValueError(f"{text!r}: {name!r} is none of {known}")
+            raise ValueError(
+                f"{text!r}: {name!r} is none of {known}, nor of the groups {', '.join(GROUPS)}"
+            )
         if not size.isdecimal() or int(size) < 1:
             raise ValueError(f"{text!r}: {name} must be a positive integer")
         sizes[name] = int(size)

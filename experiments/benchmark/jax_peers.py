@@ -43,6 +43,8 @@ def _jax_call(apply: Callable[[Any, Any], Any], params: Any, case: Case, mode: s
 
     images, labels = jax.device_put(examples(case))
     params = jax.device_put(params)
+    if case.mapped:
+        apply = _one_by_one(apply)
     if mode == "infer":
         return partial(jax.jit(apply), params, images)
 
@@ -67,6 +69,13 @@ def _jax_call(apply: Callable[[Any, Any], Any], params: Any, case: Case, mode: s
         return loss
 
     return train
+
+
+def _one_by_one(apply: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """The same model, written for one example and mapped over them."""
+    import jax
+
+    return lambda params, images: jax.vmap(lambda image: apply(params, image[None])[0])(images)
 
 
 def build_ours(case: Case, mode: str, implementation: str | None = None) -> Call:

@@ -5,15 +5,22 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from typing import Any, NamedTuple
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from experiments.benchmark.cases import Case, as_json
 from experiments.benchmark.peers import ENVIRONMENT
 
-MODES = ("infer", "train")
+Mode = Literal["infer", "train"]
+MODES: tuple[Mode, ...] = ("infer", "train")
+BUSY = """
+import os, sys, threading
+threading.Thread(target=lambda: os._exit(len(sys.stdin.read())), daemon=True).start()
+while True: pass
+"""
+"""A process that computes until its stdin ends, as it does when this one is killed."""
 TOLERANCE = 1e-4
 """Largest difference of two peers' logits, or of their first losses."""
 
@@ -28,6 +35,7 @@ class Settings(NamedTuple):
     rounds: int = 7
     seconds: float = 0.5  # a turn of a peer takes about so long, or one call
     memory: bool = True
+    modes: Sequence[str] = MODES
 
 
 class Measurement(NamedTuple):
@@ -36,7 +44,9 @@ class Measurement(NamedTuple):
     case: Case
     mode: str
     peer: str
-    rounds: list[dict[str, float]]  # each has `calls` and `seconds`, for all of these calls
+    rounds: list[dict[str, float]]
+    """Each has `calls`, `seconds` for all of these calls, and `slow`, the 95th percentile of the
+    calls' seconds where other processes are busy."""
     first_call_seconds: float
     peak_flops: float  # FLOP/s of the best matrix product in the same process
     peak_bytes: int | None  # by which the memory's peak grew, in a process of its own
@@ -143,7 +153,7 @@ def measure(
                 notes[peer] = str(error)
                 del workers[peer]
         for case in cases:
-            for mode in MODES:
+            for mode in settings.modes:
                 for peer in [peer for peer, worker in workers.items() if worker.has_ended]:
                     workers[peer] = stack.enter_context(Worker(peer))
                     workers[peer].hello()  # it could run here before
@@ -170,14 +180,16 @@ def _measure_in_turn(
             built[peer], rounds[peer] = answer, []
         except PeerError as error:
             yield peer, error
-    for _ in range(settings.rounds):
-        for peer in list(rounds):
-            calls = max(1, round(settings.seconds / built[peer]["call_seconds"]))
-            try:
-                rounds[peer].append(workers[peer].ask("time", calls=calls))
-            except PeerError as error:
-                del rounds[peer]
-                yield peer, error
+    with busy_processes(case.busy):
+        for _ in range(settings.rounds):
+            for peer in list(rounds):
+                calls = max(1, round(settings.seconds / built[peer]["call_seconds"]))
+                try:
+                    turn = workers[peer].ask("time", calls=calls, each=case.busy > 0)
+                    rounds[peer].append(turn)
+                except PeerError as error:
+                    del rounds[peer]
+                    yield peer, error
     for peer, turns in rounds.items():
         yield (
             peer,
@@ -191,6 +203,16 @@ def _measure_in_turn(
                 peak_bytes(peer, work) if settings.memory else None,
             ),
         )
+
+
+@contextmanager
+def busy_processes(number: int) -> Iterator[None]:
+    """Keep so many processes computing until the body ends."""
+    with ExitStack() as stack:
+        for _ in range(number):
+            command = [sys.executable, "-c", BUSY]
+            stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE))  # closes it
+        yield
 
 
 def check_same(result: Any, expected: Any) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from experiments.benchmark import jax_peers, torch_peers
+from experiments.benchmark import jax_peers, onnx_peer, torch_peers
 from experiments.benchmark.cases import Case
 from experiments.benchmark.framework import Call, Framework, Unavailable
 
@@ -69,6 +69,7 @@ _graph = partial(torch_peers.build_torch, how="graph")
 PEERS = {
     OURS: _jax("lstm_flax", build=jax_peers.build_ours),
     "torch": _torch("torch", build=torch_peers.build_torch),
+    "onnxruntime": Peer("onnxruntime", onnx_peer.onnx_framework, onnx_peer.build_onnx),
     "keras": _jax("keras", build=jax_peers.build_keras),
     "flax.linen.RNN": _jax("flax", build=jax_peers.build_linen_rnn),
     "jax cuDNN": _jax("jax", build=jax_peers.build_jax_cudnn, needs_cuda=True),

@@ -63,8 +63,10 @@ def ratio_table(results: Results, peers: Sequence[str], mode: str) -> str:
 
 def detail_table(results: Results) -> str:
     """All figures: a row a case, mode and peer."""
-    header = ["", "", "", "images/s", "of the peak", "compile, s", "memory, MB"]
+    header = ["", "", "", "call, ms", "images/s", "of the peak", "compile, s", "memory, MB"]
     rows = []
+    # The best product of any of them: one library's own may be slow on this processor.
+    peak = max((m.peak_flops for m in results.measurements), default=0.0)
     for m in results.measurements:
         seconds = float(np.median(m.call_seconds))
         megabytes = "not measured" if m.peak_bytes is None else f"{m.peak_bytes / 1e6:,.0f}"
@@ -73,13 +75,30 @@ def detail_table(results: Results) -> str:
                 m.case.name,
                 VERB[m.mode],
                 _title(m.peer, results),
+                f"{1e3 * seconds:.3f}",
                 f"{m.case.batch / seconds:,.0f}",
-                f"{flops(m.case, m.mode) / seconds / m.peak_flops:.1%}",
+                f"{flops(m.case, m.mode) / seconds / peak:.1%}",
                 f"{compile_seconds(m):.2f}",
                 megabytes,
             ]
         )
     return table(header, rows, text_columns=3)
+
+
+def slow_table(results: Results) -> str:
+    """Beside busy processes: the mean call and the 95th percentile of all."""
+    rows = [
+        [
+            m.case.name,
+            VERB[m.mode],
+            _title(m.peer, results),
+            f"{1e3 * float(np.median(m.call_seconds)):.2f}",
+            f"{1e3 * float(np.median([turn['slow'] for turn in m.rounds])):.2f}",
+        ]
+        for m in results.measurements
+        if m.case.busy
+    ]
+    return table(["", "", "", "mean, ms", "95th percentile, ms"], rows, text_columns=3)
 
 
 def compile_seconds(m: Measurement) -> float:
@@ -90,7 +109,10 @@ def compile_seconds(m: Measurement) -> float:
 def tables(results: Results, peers: Sequence[str]) -> str:
     """All tables, and a line for each peer that is missing somewhere."""
     notes = [f"- {where}: {why}" for where, why in results.notes.items()]
-    parts = [ratio_table(results, peers, mode) for mode in MODES]
+    modes = dict.fromkeys(m.mode for m in results.measurements)
+    parts = [ratio_table(results, peers, mode) for mode in modes]
+    if any(m.case.busy for m in results.measurements):
+        parts.append(slow_table(results))
     return "\n\n".join([*parts, detail_table(results), *(["\n".join(notes)] if notes else [])])
 
 

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 
 from experiments.benchmark.cases import Case, examples, weights
-from experiments.benchmark.framework import LEARNING_RATE, Call, Framework
+from experiments.benchmark.framework import LEARNING_RATE, Call, Framework, Unavailable
 
 
 def torch_framework() -> Framework:
@@ -39,6 +39,8 @@ def build_torch(case: Case, mode: str, how: str = "eager") -> Call:
     """`nn.LSTM` and `nn.Linear`; `how` is "eager", and on CUDA also "compile" or "graph"."""
     import torch
 
+    if case.mapped:
+        raise Unavailable("nn.LSTM has no vmap")
     device = _torch_device()
     images = torch.from_numpy(examples(case)[0]).to(device)
     labels = torch.from_numpy(examples(case)[1]).long().to(device)

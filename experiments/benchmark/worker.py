@@ -58,7 +58,7 @@ def serve(peer: Peer, framework: Framework, answers: TextIO) -> None:
                     call, answer = build(peer, framework, *_case(request))
                 case "time":
                     assert call is not None, "asked to time what was not built"
-                    answer = timed(call, framework.wait, request["calls"])
+                    answer = timed(call, framework.wait, request["calls"], request["each"])
                 case "memory":
                     answer = memory(peer, framework, *_case(request))
         except Exception as error:  # of this case alone, perhaps
@@ -84,9 +84,15 @@ def build(peer: Peer, framework: Framework, case: Case, mode: str) -> tuple[Call
     }
 
 
-def timed(call: Call, wait: Callable[[Any], Any], calls: int) -> dict[str, float]:
-    """Seconds of so many calls together, after one that is not counted: others used the caches."""
+def timed(call: Call, wait: Callable[[Any], Any], calls: int, each: bool) -> dict[str, float]:
+    """Seconds of so many calls together, after one that is not counted: others used the caches.
+
+    With `each` they are timed one by one, and `slow` is the 95th percentile of their seconds.
+    """
     wait(call())
+    if each:
+        seconds = [_seconds(call, wait)[0] for _ in range(calls)]
+        return {"calls": calls, "seconds": sum(seconds), "slow": np.percentile(seconds, 95).item()}
     started = time.perf_counter()
     for _ in range(calls):
         result = call()

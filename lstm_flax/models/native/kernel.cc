@@ -43,10 +43,74 @@ const float* AsWords(const Number* numbers) {
     case 1: Tile<N, 1>(__VA_ARGS__); break;                      \
     case 2: Tile<N, 2>(__VA_ARGS__); break;                      \
     case 3: Tile<N, 3>(__VA_ARGS__); break;                      \
-    case 4: Tile<N, std::min(4, kTileRows)>(__VA_ARGS__); break; \
-    case 5: Tile<N, std::min(5, kTileRows)>(__VA_ARGS__); break; \
+    case 4: Tile<N, 4>(__VA_ARGS__); break;                      \
+    case 5: Tile<N, 5>(__VA_ARGS__); break;                      \
     default: Tile<N, kTileRows>(__VA_ARGS__);                    \
   }
+
+// The state that a row has before a step, forward as in the gradients.
+template <typename Arrays>
+const auto* StateBefore(const Arrays& a, int64_t b, int64_t t) {
+  const bool is_first = a.reverse ? t + 1 >= a.lengths[b] : t == 0;
+  if (is_first) return a.h_0 + b * a.size.hidden;
+  return a.outputs + (b * a.size.time + t + (a.reverse ? 1 : -1)) * a.size.hidden;
+}
+
+// Has panels of weights packed and then, at each step, a tile computed for all panels and all rows
+// of the batch, by as many threads as pay. Threads that have rows of their own need not meet; but
+// each reads all panels, so where these are too large for its cache, or where there are fewer tiles
+// of rows than threads, groups of threads share the panels and have the same rows.
+//
+// pack(panel, to) writes panel_size floats; tile(step, panel, packed, rows) computes.
+template <typename Pack, typename Tile>
+void RunSteps(const Helpers& helpers, int64_t batch, int64_t time, int64_t panels,
+              int64_t panel_size, const Pack& pack, const Tile& tile) {
+  constexpr int64_t kCacheFloats = 1 << 20;
+  constexpr int64_t kBlock = 16 * kTileRows;  // rows that stay in the cache from panel to panel
+  if (batch == 0 || panels == 0) return;
+  const double multiplications = 1. * batch * time * panels * panel_size;
+  const int threads = CountThreads(helpers, multiplications);
+  int groups = std::min<int64_t>(threads, (batch + kTileRows - 1) / kTileRows);
+  int sharing = std::min<int64_t>(threads / groups, panels);
+  while (groups > 1 && sharing < panels && panels * panel_size / sharing > kCacheFloats) {
+    groups = (groups + 1) / 2;
+    sharing = std::min<int64_t>(threads / groups, panels);
+  }
+  const int64_t parts = CountParts(threads, panels), shared_parts = CountParts(sharing, panels);
+  Scratch packed(panels * panel_size);
+  auto compute = [&](int64_t step, Span mine, Span rows) {
+    for (int64_t block = rows.begin; block < rows.end; block += kBlock) {
+      const Span some = {block, std::min(block + kBlock, rows.end)};
+      for (int64_t p = mine.begin; p < mine.end; ++p) {
+        tile(step, p, packed.data() + p * panel_size, some);
+      }
+    }
+  };
+
+  Steps packing(1, parts, threads);
+  Shares shares(batch, kTileRows, threads);
+  std::vector<std::unique_ptr<Steps>> steps;
+  for (int g = 0; sharing > 1 && g < groups; ++g) {
+    steps.push_back(std::make_unique<Steps>(time, shared_parts, sharing));
+  }
+  Parallel(helpers, threads, [&](int thread) {
+    packing.Run(thread, [&](int64_t, int64_t part) {
+      const Span mine = Part(panels, 1, parts, part);
+      for (int64_t p = mine.begin; p < mine.end; ++p) pack(p, packed.data() + p * panel_size);
+    });
+    for (int g = 0; g < static_cast<int>(steps.size()); ++g) {
+      const int group = (thread + g) % groups;
+      const Span rows = Part(batch, kTileRows, groups, group);
+      steps[group]->Run(thread / groups, [&](int64_t step, int64_t part) {
+        compute(step, Part(panels, 1, shared_parts, part), rows);
+      });
+    }
+    for (Span rows; steps.empty() && shares.Next(&rows);) {
+      for (int64_t step = 0; step < time; ++step) compute(step, {0, panels}, rows);
+    }
+    EndStreams();
+  });
+}
 
 // ---- Forward.
 
@@ -111,6 +175,32 @@ void InputTile(const ForwardArrays<N>& a, int64_t row, int64_t panel, const floa
   }
 }
 
+// From the sums that go into the gates to the outputs, for a vector of units of one row.
+template <typename N>
+void FinishStep(const ForwardArrays<N>& a, int64_t b, int64_t t, int64_t unit, const Vec* sums) {
+  const auto [batch, time, features, hidden] = a.size;
+  const int count = CountLanes(hidden, unit);
+  const int64_t step = b * time + t;
+  float* c_n = a.c_n + b * hidden + unit;
+  Vec h{}, i{}, f{}, g{}, o{}, c{};
+  if (t < a.lengths[b]) {
+    i = Sigmoid(sums[0]), f = Sigmoid(sums[1]), g = Tanh(sums[2]), o = Sigmoid(sums[3]);
+    c = f * Load(c_n, count) + i * g;
+    h = o * Tanh(c);
+    Store(c_n, c, count);
+    N::Write(a.h_n + b * hidden + unit, h, count);
+  }
+  N::Write(a.outputs + step * hidden + unit, h, count);
+  if (a.gates) {
+    float* gates = a.gates + step * 4 * hidden + unit;
+    Stream(gates, i, count);
+    Stream(gates + hidden, f, count);
+    Stream(gates + 2 * hidden, g, count);
+    Stream(gates + 3 * hidden, o, count);
+    Stream(a.cells + step * hidden + unit, c, count);
+  }
+}
+
 template <typename N, int kRows>
 void ForwardTile(const ForwardArrays<N>& a, int64_t row, int64_t t, int64_t panel,
                  const float* packed) {
@@ -118,12 +208,9 @@ void ForwardTile(const ForwardArrays<N>& a, int64_t row, int64_t t, int64_t pane
   const float *inputs[kRows], *states[kRows];
   bool any = false;
   for (int r = 0; r < kRows; ++r) {
-    const int64_t b = row + r, length = a.lengths[b], step = b * time + t;
-    any |= t < length;
-    const bool is_first = a.reverse ? t + 1 >= length : t == 0;
-    inputs[r] = AsWords(a.x + step * features);
-    states[r] = AsWords(is_first ? a.h_0 + b * hidden
-                                 : a.outputs + (step + (a.reverse ? 1 : -1)) * hidden);
+    any |= t < a.lengths[row + r];
+    inputs[r] = AsWords(a.x + ((row + r) * time + t) * features);
+    states[r] = AsWords(StateBefore(a, row + r, t));
   }
   const int64_t unit = panel * kLanes;
   const int count = CountLanes(hidden, unit);
@@ -140,62 +227,119 @@ void ForwardTile(const ForwardArrays<N>& a, int64_t row, int64_t t, int64_t pane
     if (!a.sums) Multiply<N, kRows>(acc, inputs, packed + kColumns, words);
     Multiply<N, kRows>(acc, states, packed + (1 + words) * kColumns, hidden / N::kPerWord);
   }
+  for (int r = 0; r < kRows; ++r) FinishStep(a, row + r, t, unit, acc[r]);
+}
+
+// sums[row][column] += rows[row][k] * weights[k][column] over so many k from k on and all columns:
+// for so few rows that weights are best read once, where and as they lie.
+template <int kRows, int kDepth>
+void StreamTile(const float* const* rows, int64_t k, const float* weights, int64_t columns,
+                float* const* sums) {
+  float a[kRows][kDepth];
   for (int r = 0; r < kRows; ++r) {
-    const int64_t b = row + r, step = b * time + t;
-    float* c_n = a.c_n + b * hidden + unit;
-    Vec h{}, i{}, f{}, g{}, o{}, c{};
-    if (t < a.lengths[b]) {
-      i = Sigmoid(acc[r][0]), f = Sigmoid(acc[r][1]), g = Tanh(acc[r][2]), o = Sigmoid(acc[r][3]);
-      c = f * Load(c_n, count) + i * g;
-      h = o * Tanh(c);
-      Store(c_n, c, count);
-      N::Write(a.h_n + b * hidden + unit, h, count);
+    for (int d = 0; d < kDepth; ++d) a[r][d] = rows[r][k + d];
+  }
+  weights += k * columns;
+  auto add = [&](int64_t column, int count) {
+    Vec acc[kRows];
+    for (int r = 0; r < kRows; ++r) acc[r] = Load(sums[r] + column, count);
+#pragma GCC unroll 8
+    for (int d = 0; d < kDepth; ++d) {
+      const Vec w = Load(weights + d * columns + column, count);
+      for (int r = 0; r < kRows; ++r) acc[r] += a[r][d] * w;
     }
-    N::Write(a.outputs + step * hidden + unit, h, count);
-    if (a.gates) {
-      float* gates = a.gates + step * 4 * hidden + unit;
-      Stream(gates, i, count);
-      Stream(gates + hidden, f, count);
-      Stream(gates + 2 * hidden, g, count);
-      Stream(gates + 3 * hidden, o, count);
-      Stream(a.cells + step * hidden + unit, c, count);
+    for (int r = 0; r < kRows; ++r) Store(sums[r] + column, acc[r], count);
+  };
+  int64_t column = 0;
+  for (; column + kLanes <= columns; column += kLanes) add(column, kLanes);
+  if (column < columns) add(column, columns - column);
+}
+
+template <int kRows>
+void StreamRows(const float* const* rows, int64_t depth, const float* weights, int64_t columns,
+                float* const* sums) {
+  constexpr int kDepth = kRows == 1 ? 8 : kRows == 2 ? 4 : 2;  // all at once fill the registers
+  int64_t k = 0;
+  for (; k + kDepth <= depth; k += kDepth) {
+    StreamTile<kRows, kDepth>(rows, k, weights, columns, sums);
+  }
+  for (; k < depth; ++k) StreamTile<kRows, 1>(rows, k, weights, columns, sums);
+}
+
+// One step of so many rows, with weights that nobody has packed.
+template <int kRows>
+void StreamStep(const ForwardArrays<Float32>& a, int64_t row, int64_t t) {
+  const auto [batch, time, features, hidden] = a.size;
+  const float *inputs[kRows], *states[kRows];
+  float* sums[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    inputs[r] = a.x + ((row + r) * time + t) * features;
+    states[r] = StateBefore(a, row + r, t);
+    sums[r] = a.sums + r * 4 * hidden;
+    std::copy_n(a.bias, 4 * hidden, sums[r]);
+  }
+  StreamRows<kRows>(inputs, features, a.kernel_ih, 4 * hidden, sums);
+  StreamRows<kRows>(states, hidden, a.kernel_hh, 4 * hidden, sums);
+  for (int r = 0; r < kRows; ++r) {
+    for (int64_t unit = 0; unit < hidden; unit += kLanes) {
+      Vec four[4];
+      for (int gate = 0; gate < 4; ++gate) {
+        four[gate] = Load(sums[r] + gate * hidden + unit, CountLanes(hidden, unit));
+      }
+      FinishStep(a, row + r, t, unit, four);
     }
   }
 }
 
+// So few rows of batch and time that packing the weights would take longer than it saves.
+constexpr int64_t kFewRows = 8;
+
+// By one thread: what limits it is how fast the weights come from memory, in one long row, and
+// others that read parts of each row slow it down.
+void RunFewRows(ForwardArrays<Float32> a) {
+  constexpr int64_t kRows = 4;
+  const auto [batch, time, features, hidden] = a.size;
+  Scratch sums(std::min(batch, kRows) * 4 * hidden);
+  a.sums = sums.data();
+  for (int64_t step = 0; step < time; ++step) {
+    const int64_t t = a.reverse ? time - 1 - step : step;
+    for (int64_t row = 0; row < batch; row += kRows) {
+      switch (batch - row) {
+        case 1: StreamStep<1>(a, row, t); break;
+        case 2: StreamStep<2>(a, row, t); break;
+        case 3: StreamStep<3>(a, row, t); break;
+        default: StreamStep<kRows>(a, row, t);
+      }
+    }
+  }
+  EndStreams();
+}
+
 template <typename N>
-void RunForward(ForwardArrays<N> a) {
+void RunForward(const Helpers& helpers, ForwardArrays<N> a) {
   const int64_t batch = a.size.batch, time = a.size.time, hidden = a.size.hidden;
+  std::copy_n(a.h_0, batch * hidden, a.h_n);
+  std::copy_n(a.c_0, batch * hidden, a.c_n);
+  if constexpr (N::kPerWord == 1) {
+    if (batch * time <= kFewRows) return RunFewRows(a);
+  }
   const bool ahead = batch < kTileRows;
   Scratch sums(ahead && !a.gates ? batch * time * 4 * hidden : 0);
   if (ahead) a.sums = a.gates ? a.gates : sums.data();
-  const int64_t panels = (hidden + kLanes - 1) / kLanes, panel_size = ForwardPanelSize<N>(a.size);
-  std::copy_n(a.h_0, batch * hidden, a.h_n);
-  std::copy_n(a.c_0, batch * hidden, a.c_n);
-  auto work = [&](Span mine, auto next, Barrier& barrier) {
-    Scratch scratch((mine.end - mine.begin) * panel_size);
-    for (int64_t p = mine.begin; p < mine.end; ++p) {
-      float* panel = scratch.data() + (p - mine.begin) * panel_size;
-      PackForward(a, p, panel);
-      for (int64_t row = 0; ahead && row < batch * time; row += kTileRows) {
-        CALL_TILE(InputTile, batch * time - row, a, row, p, panel);
-      }
+  auto pack = [&](int64_t panel, float* packed) {
+    PackForward(a, panel, packed);
+    for (int64_t row = 0; ahead && row < batch * time; row += kTileRows) {
+      CALL_TILE(InputTile, batch * time - row, a, row, panel, packed);
     }
-    for (Span rows; next(&rows);) {
-      for (int64_t step = 0; step < time; ++step) {
-        const int64_t t = a.reverse ? time - 1 - step : step;
-        for (int64_t p = mine.begin; p < mine.end; ++p) {
-          const float* panel = scratch.data() + (p - mine.begin) * panel_size;
-          for (int64_t row = rows.begin; row < rows.end; row += kTileRows) {
-            CALL_TILE(ForwardTile, rows.end - row, a, row, t, p, panel);
-          }
-        }
-        barrier.Wait();
-      }
-    }
-    EndStreams();
   };
-  Parallel(batch, kTileRows, panels, panel_size * 4, work);
+  auto tile = [&](int64_t step, int64_t panel, const float* packed, Span rows) {
+    const int64_t t = a.reverse ? time - 1 - step : step;
+    for (int64_t row = rows.begin; row < rows.end; row += kTileRows) {
+      CALL_TILE(ForwardTile, rows.end - row, a, row, t, panel, packed);
+    }
+  };
+  RunSteps(helpers, batch, time, (hidden + kLanes - 1) / kLanes, ForwardPanelSize<N>(a.size), pack,
+           tile);
 }
 
 // ---- Backward.
@@ -285,31 +429,20 @@ void GateGradientTile(const GateGradientArrays<N>& a, int64_t row, int64_t t, in
 }
 
 template <typename N>
-void RunGateGradients(const GateGradientArrays<N>& a) {
+void RunGateGradients(const Helpers& helpers, const GateGradientArrays<N>& a) {
   const int64_t batch = a.size.batch, time = a.size.time, hidden = a.size.hidden;
-  const int64_t panels = (hidden + kColumns - 1) / kColumns;
-  const int64_t panel_size = 4 * hidden / N::kPerWord * kColumns;
   std::copy_n(a.d_c_n, batch * hidden, a.d_c_0);
-  auto work = [&](Span mine, auto next, Barrier& barrier) {
-    Scratch scratch((mine.end - mine.begin) * panel_size);
-    for (int64_t p = mine.begin; p < mine.end; ++p) {
-      PackTransposed<N>(a.kernel_hh, hidden, 4 * hidden, p,
-                        scratch.data() + (p - mine.begin) * panel_size);
-    }
-    for (Span rows; next(&rows);) {
-      for (int64_t step = 0; step < time; ++step) {
-        const int64_t t = a.reverse ? step : time - 1 - step;
-        for (int64_t p = mine.begin; p < mine.end; ++p) {
-          const float* panel = scratch.data() + (p - mine.begin) * panel_size;
-          for (int64_t row = rows.begin; row < rows.end; row += kTileRows) {
-            CALL_TILE(GateGradientTile, rows.end - row, a, row, t, p, panel);
-          }
-        }
-        barrier.Wait();
-      }
+  auto pack = [&](int64_t panel, float* packed) {
+    PackTransposed<N>(a.kernel_hh, hidden, 4 * hidden, panel, packed);
+  };
+  auto tile = [&](int64_t step, int64_t panel, const float* packed, Span rows) {
+    const int64_t t = a.reverse ? step : time - 1 - step;
+    for (int64_t row = rows.begin; row < rows.end; row += kTileRows) {
+      CALL_TILE(GateGradientTile, rows.end - row, a, row, t, panel, packed);
     }
   };
-  Parallel(batch, kTileRows, panels, panel_size * 4, work);
+  RunSteps(helpers, batch, time, (hidden + kColumns - 1) / kColumns,
+           4 * hidden / N::kPerWord * kColumns, pack, tile);
 }
 
 template <typename N>
@@ -339,55 +472,34 @@ void InputGradientTile(const InputGradientArrays<N>& a, int64_t row, int64_t pan
 }
 
 template <typename N>
-void RunInputGradient(const InputGradientArrays<N>& a) {
-  constexpr int64_t kBlock = 16 * kTileRows;  // rows that stay in the cache from panel to panel
-  const int64_t panels = (a.features + kColumns - 1) / kColumns;
-  const int64_t panel_size = a.gates / N::kPerWord * kColumns;
-  auto work = [&](Span mine, auto next, Barrier&) {
-    Scratch scratch((mine.end - mine.begin) * panel_size);
-    for (int64_t p = mine.begin; p < mine.end; ++p) {
-      PackTransposed<N>(a.kernel_ih, a.features, a.gates, p,
-                        scratch.data() + (p - mine.begin) * panel_size);
-    }
-    for (Span rows; next(&rows);) {
-      for (int64_t block = rows.begin; block < rows.end; block += kBlock) {
-        const int64_t end = std::min(block + kBlock, rows.end);
-        for (int64_t p = mine.begin; p < mine.end; ++p) {
-          const float* panel = scratch.data() + (p - mine.begin) * panel_size;
-          for (int64_t row = block; row < end; row += kTileRows) {
-            CALL_TILE(InputGradientTile, end - row, a, row, p, panel);
-          }
-        }
-      }
+void RunInputGradient(const Helpers& helpers, const InputGradientArrays<N>& a) {
+  auto pack = [&](int64_t panel, float* packed) {
+    PackTransposed<N>(a.kernel_ih, a.features, a.gates, panel, packed);
+  };
+  auto tile = [&](int64_t, int64_t panel, const float* packed, Span rows) {
+    for (int64_t row = rows.begin; row < rows.end; row += kTileRows) {
+      CALL_TILE(InputGradientTile, rows.end - row, a, row, panel, packed);
     }
   };
-  Parallel(a.rows, kTileRows, panels, panel_size * 4, work);
+  RunSteps(helpers, a.rows, 1, (a.features + kColumns - 1) / kColumns,
+           a.gates / N::kPerWord * kColumns, pack, tile);
 }
 
 // Rows of the batch and time whose part in the weights' gradient is added at once.
 constexpr int64_t kChunk = 128;
 
-// to[k][column] += sum over rows of rows[row][k] * packed[row][column], for some k. In a word of a
-// row are the numbers of as many rows of batch and time.
+// to[r][column] += sum over so many words of words[word][r] * packed[word][column]. A word has the
+// numbers of as many rows of batch and time.
 template <typename N, int kRows>
-void GradientTile(const float* const* rows, int64_t k, const float* packed, int64_t chunk,
-                  float* to, int64_t stride, int64_t columns) {
+void GradientTile(const float* words, const float* packed, int64_t number, float* to,
+                  int64_t stride, int64_t columns) {
   Vec acc[kRows][4] = {};
-  for (int64_t row = 0; row < chunk; ++row, packed += kColumns) {
-    const float* a = rows[row] + k;
-    Vec d[4];
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) d[v] = Load(packed + v * kLanes);
-#pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) acc[r][v] = N::MultiplyAdd(acc[r][v], a[r], d[v]);
-    }
-  }
+  const auto word = [&](int r, int64_t i) { return words[i * kTileRows + r]; };
+  MultiplyWords<N, kRows>(acc, word, packed, number);
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v * kLanes < columns; ++v) {
       const int count = std::min<int64_t>(kLanes, columns - v * kLanes);
-      float* sum = to + (k + r) * stride + v * kLanes;
+      float* sum = to + r * stride + v * kLanes;
       Store(sum, Load(sum, count) + acc[r][v], count);
     }
   }
@@ -425,55 +537,79 @@ struct WeightGradientArrays {
   const Number* zeros;  // as many as there are features or units
 };
 
-// The gradients of both kernels and the bias, from all rows of batch and time.
+// Lays so many numbers of one row, or of two that share words, into tiles of kTileRows columns:
+// tile by tile, word by word, so that a product finds them side by side. `to` is this word's place
+// in the first tile, `joined` has room for a row.
 template <typename N>
-void RunWeightGradients(const WeightGradientArrays<N>& a) {
-  typedef typename N::Number Number;
+void PackRow(const typename N::Number* first, const typename N::Number* second, int64_t count,
+             float* joined, float* to) {
+  const float* words = N::JoinRows(first, second, count, joined);
+  for (int64_t k = 0; k < count; k += kTileRows, to += kChunk * kTileRows) {
+    for (int64_t r = 0; r < std::min<int64_t>(kTileRows, count - k); ++r) to[r] = words[k + r];
+  }
+}
+
+// The gradients of both kernels and the bias, from all rows of batch and time, chunk by chunk:
+// first the inputs and states of a chunk are laid in tiles, then each panel of the gates' gradients
+// is multiplied by all of them. A panel's sums meet the chunks in order, whoever adds them up.
+template <typename N>
+void RunWeightGradients(const Helpers& helpers, const WeightGradientArrays<N>& a) {
   const int64_t time = a.size.time, features = a.size.features, hidden = a.size.hidden;
+  const int64_t total = a.size.batch * time;
   const int64_t gates = 4 * hidden, panels = (gates + kColumns - 1) / kColumns;
+  const int64_t input_tiles = (features + kTileRows - 1) / kTileRows;
+  const int64_t tiles = input_tiles + (hidden + kTileRows - 1) / kTileRows;
+  constexpr int64_t kTileSize = kChunk * kTileRows;
   std::fill_n(a.d_kernel_ih, features * gates, 0.f);
   std::fill_n(a.d_kernel_hh, hidden * gates, 0.f);
   std::fill_n(a.d_bias, gates, 0.f);
+  if (total == 0 || hidden == 0) return;
   auto input = [&](int64_t row) { return a.x + row * features; };
-  auto state_before = [&](int64_t row) -> const Number* {
-    const int64_t b = row / time, t = row % time;
-    const bool is_first = a.reverse ? t + 1 >= a.lengths[b] : t == 0;
-    return is_first ? a.h_0 + b * hidden : a.outputs + (row + (a.reverse ? 1 : -1)) * hidden;
-  };
-  auto work = [&](Span, auto next, Barrier&) {
-    Scratch packed(kChunk * kColumns), joined(kChunk * (features + hidden));
-    const float *inputs[kChunk], *states[kChunk];
-    for (Span mine; next(&mine);) {
-      for (int64_t begin = 0; begin < a.size.batch * time; begin += kChunk) {
-        const int64_t rows = std::min(kChunk, a.size.batch * time - begin);
-        const int64_t words = (rows + N::kPerWord - 1) / N::kPerWord;
-        float* to = joined.data();
-        for (int64_t i = 0; i < words; ++i, to += features + hidden) {
+  auto state_before = [&](int64_t row) { return StateBefore(a, row / time, row % time); };
+  const int threads =
+      CountThreads(helpers, 1. * total * (features + hidden) * gates / N::kPerWord);
+  const int64_t parts = CountParts(threads, panels);
+  Scratch in_tiles(tiles * kTileSize);
+  Steps steps(2 * ((total + kChunk - 1) / kChunk), parts, threads);
+  Parallel(helpers, threads, [&](int thread) {
+    Scratch packed(kChunk * kColumns), joined(std::max(features, hidden));
+    steps.Run(thread, [&](int64_t step, int64_t part) {
+      const int64_t begin = step / 2 * kChunk, rows = std::min(kChunk, total - begin);
+      const int64_t words = (rows + N::kPerWord - 1) / N::kPerWord;
+      if (step % 2 == 0) {
+        const Span xs = Part(features, kTileRows, parts, part);
+        const Span hs = Part(hidden, kTileRows, parts, part);
+        float* to_x = in_tiles.data() + xs.begin / kTileRows * kTileSize;
+        float* to_h = in_tiles.data() + (input_tiles + hs.begin / kTileRows) * kTileSize;
+        for (int64_t i = 0; i < words; ++i, to_x += kTileRows, to_h += kTileRows) {
           const int64_t row = begin + i * N::kPerWord, other = row + N::kPerWord - 1;
           const bool is_whole = other < begin + rows;
-          inputs[i] = N::JoinRows(input(row), is_whole ? input(other) : a.zeros, features, to);
-          states[i] = N::JoinRows(state_before(row), is_whole ? state_before(other) : a.zeros,
-                                  hidden, to + features);
+          PackRow<N>(input(row) + xs.begin, (is_whole ? input(other) : a.zeros) + xs.begin,
+                     xs.end - xs.begin, joined.data(), to_x);
+          PackRow<N>(state_before(row) + hs.begin,
+                     (is_whole ? state_before(other) : a.zeros) + hs.begin, hs.end - hs.begin,
+                     joined.data(), to_h);
         }
-        for (int64_t p = mine.begin; p < mine.end; ++p) {
-          const int64_t column = p * kColumns;
-          const int64_t columns = std::min<int64_t>(kColumns, gates - column);
-          PackGradients<N>(a.d_gates + begin * gates + column, rows, gates, columns,
-                           packed.data(), a.d_bias + column);
-          for (int64_t k = 0; k < features; k += kTileRows) {
-            CALL_TILE(GradientTile, features - k, inputs, k, packed.data(), words,
-                      a.d_kernel_ih + column, gates, columns);
-          }
-          for (int64_t k = 0; k < hidden; k += kTileRows) {
-            CALL_TILE(GradientTile, hidden - k, states, k, packed.data(), words,
-                      a.d_kernel_hh + column, gates, columns);
-          }
+        return;
+      }
+      const Span mine = Part(panels, 1, parts, part);
+      for (int64_t p = mine.begin; p < mine.end; ++p) {
+        const int64_t column = p * kColumns;
+        const int64_t columns = std::min<int64_t>(kColumns, gates - column);
+        PackGradients<N>(a.d_gates + begin * gates + column, rows, gates, columns, packed.data(),
+                         a.d_bias + column);
+        const float* tile = in_tiles.data();
+        for (int64_t k = 0; k < features; k += kTileRows, tile += kTileSize) {
+          CALL_TILE(GradientTile, features - k, tile, packed.data(), words,
+                    a.d_kernel_ih + k * gates + column, gates, columns);
+        }
+        for (int64_t k = 0; k < hidden; k += kTileRows, tile += kTileSize) {
+          CALL_TILE(GradientTile, hidden - k, tile, packed.data(), words,
+                    a.d_kernel_hh + k * gates + column, gates, columns);
         }
       }
-    }
-  };
-  // Whoever has a panel sees all rows, so that no sum depends on how many threads there are.
-  Parallel(panels, 1, 1, 0, work);
+    });
+  });
 }
 
 // ---- What XLA calls, with buffers of the right types, but of any shape.
@@ -491,10 +627,17 @@ inline ffi::Error OutOfMemory() {
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "out of memory");
 }
 
+// XLA's threads: as many as it was told to have, and with a little work for each.
+inline Helpers HelpersOf(ffi::ThreadPool& pool) {
+  return {static_cast<int>(pool.num_threads()) - 1,
+          [&](std::function<void()> task) { pool.Schedule(std::move(task)); }};
+}
+
 template <typename N>
-ffi::Error Forward(Numbers<N> x, Floats kernel_ih, Floats kernel_hh, Floats bias, Numbers<N> h_0,
-                   Floats c_0, Lengths lengths, NumbersResult<N> outputs, NumbersResult<N> h_n,
-                   FloatsResult c_n, FloatsResult gates, FloatsResult cells, bool reverse) try {
+ffi::Error Forward(ffi::ThreadPool pool, Numbers<N> x, Floats kernel_ih, Floats kernel_hh,
+                   Floats bias, Numbers<N> h_0, Floats c_0, Lengths lengths,
+                   NumbersResult<N> outputs, NumbersResult<N> h_n, FloatsResult c_n,
+                   FloatsResult gates, FloatsResult cells, bool reverse) try {
   const Sizes size = {Dim(x, 0), Dim(x, 1), Dim(x, 2), Dim(kernel_hh, 0)};
   const auto [batch, time, features, hidden] = size;
   const bool keep = !IsEmpty(*gates) || !IsEmpty(*cells);
@@ -519,19 +662,22 @@ ffi::Error Forward(Numbers<N> x, Floats kernel_ih, Floats kernel_hh, Floats bias
   PreferLargePages(outputs->typed_data(), outputs->size_bytes());
   if (keep) PreferLargePages(gates->typed_data(), gates->size_bytes());
   if (keep) PreferLargePages(cells->typed_data(), cells->size_bytes());
-  RunForward<N>({size, x.typed_data(), kernel_ih.typed_data(), kernel_hh.typed_data(),
-                 bias.typed_data(), h_0.typed_data(), c_0.typed_data(), lengths.typed_data(),
-                 reverse, outputs->typed_data(), h_n->typed_data(), c_n->typed_data(),
-                 keep ? gates->typed_data() : nullptr, keep ? cells->typed_data() : nullptr});
+  RunForward<N>(
+      HelpersOf(pool),
+      {size, x.typed_data(), kernel_ih.typed_data(), kernel_hh.typed_data(), bias.typed_data(),
+       h_0.typed_data(), c_0.typed_data(), lengths.typed_data(), reverse, outputs->typed_data(),
+       h_n->typed_data(), c_n->typed_data(),
+       keep ? gates->typed_data() : nullptr, keep ? cells->typed_data() : nullptr});
   return ffi::Error::Success();
 } catch (const std::exception&) {
   return OutOfMemory();
 }
 
 template <typename N>
-ffi::Error GateGradients(Floats kernel_hh, Floats c_0, Lengths lengths, Floats gates, Floats cells,
-                         Numbers<N> d_outputs, Numbers<N> d_h_n, Floats d_c_n,
-                         NumbersResult<N> d_gates, FloatsResult d_c_0, bool reverse) try {
+ffi::Error GateGradients(ffi::ThreadPool pool, Floats kernel_hh, Floats c_0, Lengths lengths,
+                         Floats gates, Floats cells, Numbers<N> d_outputs, Numbers<N> d_h_n,
+                         Floats d_c_n, NumbersResult<N> d_gates, FloatsResult d_c_0,
+                         bool reverse) try {
   const int64_t batch = Dim(cells, 0), time = Dim(cells, 1), hidden = Dim(kernel_hh, 0);
   Checks checks;
   checks.Shape("kernel_hh [hidden, 4 * hidden]", kernel_hh, {hidden, 4 * hidden});
@@ -549,19 +695,20 @@ ffi::Error GateGradients(Floats kernel_hh, Floats c_0, Lengths lengths, Floats g
   if (checks.failed()) return checks.error();
 
   const std::vector<typename N::Number> zeros(IsEmpty(cells) ? 0 : 4 * hidden);
-  RunGateGradients<N>({{batch, time, 0, hidden}, kernel_hh.typed_data(), c_0.typed_data(),
-                       lengths.typed_data(), gates.typed_data(), cells.typed_data(),
-                       d_outputs.typed_data(), d_h_n.typed_data(), d_c_n.typed_data(), reverse,
-                       d_gates->typed_data(), d_c_0->typed_data(), zeros.data()});
+  RunGateGradients<N>(
+      HelpersOf(pool),
+      {{batch, time, 0, hidden}, kernel_hh.typed_data(), c_0.typed_data(), lengths.typed_data(),
+       gates.typed_data(), cells.typed_data(), d_outputs.typed_data(), d_h_n.typed_data(),
+       d_c_n.typed_data(), reverse, d_gates->typed_data(), d_c_0->typed_data(), zeros.data()});
   return ffi::Error::Success();
 } catch (const std::exception&) {
   return OutOfMemory();
 }
 
 template <typename N>
-ffi::Error WeightGradients(Numbers<N> x, Numbers<N> h_0, Numbers<N> outputs, Lengths lengths,
-                           Numbers<N> d_gates, FloatsResult d_kernel_ih, FloatsResult d_kernel_hh,
-                           FloatsResult d_bias, bool reverse) try {
+ffi::Error WeightGradients(ffi::ThreadPool pool, Numbers<N> x, Numbers<N> h_0, Numbers<N> outputs,
+                           Lengths lengths, Numbers<N> d_gates, FloatsResult d_kernel_ih,
+                           FloatsResult d_kernel_hh, FloatsResult d_bias, bool reverse) try {
   const int64_t batch = Dim(x, 0), time = Dim(x, 1), features = Dim(x, 2), hidden = Dim(h_0, 1);
   Checks checks;
   checks.Shape("x [batch, time, features]", x, {batch, time, features});
@@ -578,17 +725,19 @@ ffi::Error WeightGradients(Numbers<N> x, Numbers<N> h_0, Numbers<N> outputs, Len
   if (checks.failed()) return checks.error();
 
   const std::vector<typename N::Number> zeros(IsEmpty(outputs) ? 0 : std::max(hidden, features));
-  RunWeightGradients<N>({{batch, time, features, hidden}, x.typed_data(), h_0.typed_data(),
-                         outputs.typed_data(), lengths.typed_data(), d_gates.typed_data(), reverse,
-                         d_kernel_ih->typed_data(), d_kernel_hh->typed_data(),
-                         d_bias->typed_data(), zeros.data()});
+  RunWeightGradients<N>(
+      HelpersOf(pool),
+      {{batch, time, features, hidden}, x.typed_data(), h_0.typed_data(), outputs.typed_data(),
+       lengths.typed_data(), d_gates.typed_data(), reverse, d_kernel_ih->typed_data(),
+       d_kernel_hh->typed_data(), d_bias->typed_data(), zeros.data()});
   return ffi::Error::Success();
 } catch (const std::exception&) {
   return OutOfMemory();
 }
 
 template <typename N>
-ffi::Error InputGradient(Numbers<N> d_gates, Floats kernel_ih, NumbersResult<N> d_x) try {
+ffi::Error InputGradient(ffi::ThreadPool pool, Numbers<N> d_gates, Floats kernel_ih,
+                         NumbersResult<N> d_x) try {
   const int64_t batch = Dim(d_gates, 0), time = Dim(d_gates, 1), gates = Dim(d_gates, 2);
   const int64_t features = Dim(kernel_ih, 0);
   Checks checks;
@@ -598,8 +747,10 @@ ffi::Error InputGradient(Numbers<N> d_gates, Floats kernel_ih, NumbersResult<N> 
   checks.Words("gates", gates, N::kPerWord);
   if (checks.failed()) return checks.error();
 
-  RunInputGradient<N>({batch * time, features, gates, d_gates.typed_data(),
-                       kernel_ih.typed_data(), d_x->typed_data()});
+  RunInputGradient<N>(
+      HelpersOf(pool),
+      {batch * time, features, gates, d_gates.typed_data(), kernel_ih.typed_data(),
+       d_x->typed_data()});
   return ffi::Error::Success();
 } catch (const std::exception&) {
   return OutOfMemory();
@@ -612,6 +763,7 @@ ffi::Error InputGradient(Numbers<N> d_gates, Floats kernel_ih, NumbersResult<N> 
   XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                         \
       name, lstm::Forward<N>,                                                            \
       ffi::Ffi::Bind()                                                                   \
+          .Ctx<ffi::ThreadPool>()                                                        \
           .Arg<lstm::Numbers<N>>().Arg<lstm::Floats>().Arg<lstm::Floats>()               \
           .Arg<lstm::Floats>().Arg<lstm::Numbers<N>>().Arg<lstm::Floats>()               \
           .Arg<lstm::Lengths>()                                                          \
@@ -624,6 +776,7 @@ ffi::Error InputGradient(Numbers<N> d_gates, Floats kernel_ih, NumbersResult<N> 
   XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                         \
       name, lstm::GateGradients<N>,                                                      \
       ffi::Ffi::Bind()                                                                   \
+          .Ctx<ffi::ThreadPool>()                                                        \
           .Arg<lstm::Floats>().Arg<lstm::Floats>().Arg<lstm::Lengths>()                  \
           .Arg<lstm::Floats>().Arg<lstm::Floats>().Arg<lstm::Numbers<N>>()               \
           .Arg<lstm::Numbers<N>>().Arg<lstm::Floats>()                                   \
@@ -635,6 +788,7 @@ ffi::Error InputGradient(Numbers<N> d_gates, Floats kernel_ih, NumbersResult<N> 
   XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                         \
       name, lstm::WeightGradients<N>,                                                    \
       ffi::Ffi::Bind()                                                                   \
+          .Ctx<ffi::ThreadPool>()                                                        \
           .Arg<lstm::Numbers<N>>().Arg<lstm::Numbers<N>>().Arg<lstm::Numbers<N>>()       \
           .Arg<lstm::Lengths>().Arg<lstm::Numbers<N>>()                                  \
           .Ret<lstm::Floats>().Ret<lstm::Floats>().Ret<lstm::Floats>()                   \
@@ -645,6 +799,7 @@ ffi::Error InputGradient(Numbers<N> d_gates, Floats kernel_ih, NumbersResult<N> 
   XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                         \
       name, lstm::InputGradient<N>,                                                      \
       ffi::Ffi::Bind()                                                                   \
+          .Ctx<ffi::ThreadPool>()                                                        \
           .Arg<lstm::Numbers<N>>().Arg<lstm::Floats>().Ret<lstm::Numbers<N>>())
 
 DEFINE_FORWARD(lstm_forward_float32, lstm::Float32);

@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
-#include <exception>
+#include <cstdio>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -22,43 +24,94 @@
 
 namespace lstm {
 
-// All of `count` threads wait for the last; they meet after each time step, so they spin.
-class Barrier {
- public:
-  struct Broken : std::exception {};
-
-  explicit Barrier(int count) : count_(count) {}
-
-  // One of them won't come: the others throw Broken in place of waiting for ever.
-  void Break() { is_broken_.store(true, std::memory_order_release); }
-
-  void Wait() {
-    if (count_ == 1) return;
-    const int turn = turn_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
-      arrived_.store(0, std::memory_order_relaxed);
-      turn_.store(turn + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) {
-      if (is_broken_.load(std::memory_order_acquire)) throw Broken();
-      if (spins > 2000) std::this_thread::yield();
-    }
-  }
-
- private:
-  const int count_;
-  std::atomic<int> arrived_{0}, turn_{0};
-  std::atomic<bool> is_broken_{false};
+// Threads of somebody else's that may help with a call. `schedule` has one of them run a task: at
+// once, later, or never, since they may be busy, and a forked process has none of them.
+struct Helpers {
+  int count = 0;
+  std::function<void(std::function<void()>)> schedule;
 };
+
+// How many cores' time a container grants this process: its quota, as control groups of version 2
+// or 1 have it.
+inline int ReadQuota() {
+  double quota = -1, period = 0;
+  const auto read = [](const char* path, const char* format, double* a, double* b) {
+    std::FILE* file = std::fopen(path, "r");
+    if (file == nullptr) return;
+    if (std::fscanf(file, format, a, b) < 1) *a = -1;
+    std::fclose(file);
+  };
+  read("/sys/fs/cgroup/cpu.max", "%lf %lf", &quota, &period);
+  if (period == 0) {
+    double unused;
+    read("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "%lf", &quota, &unused);
+    read("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "%lf", &period, &unused);
+  }
+  return quota > 0 && period > 0 ? std::max(1, static_cast<int>(quota / period + .5)) : 1 << 16;
+}
 
 // Cores that this process may use.
 inline int CountCores() {
+  static const int quota = ReadQuota();
 #if defined(__linux__)
   cpu_set_t cores;
-  if (sched_getaffinity(0, sizeof cores, &cores) == 0) return std::max(1, CPU_COUNT(&cores));
+  if (sched_getaffinity(0, sizeof cores, &cores) == 0) {
+    return std::clamp(CPU_COUNT(&cores), 1, quota);
+  }
 #endif
-  return std::max(1u, std::thread::hardware_concurrency());
+  return std::clamp<int>(std::thread::hardware_concurrency(), 1, quota);
+}
+
+// Multiplications that are worth a thread of their own: one that is called takes its time to come.
+inline double worth_a_thread = 1 << 20;
+
+inline int CountThreads(const Helpers& helpers, double multiplications) {
+  const double most = std::min<double>(multiplications / worth_a_thread, 1 + helpers.count);
+  return most < 2 ? 1 : std::min<int>(most, CountCores());
+}
+
+// Calls work(0) here, and work(1), work(2) ... on helpers if and when they come. What there is to
+// do is taken part by part by whoever is there, so that work(0) is done when all is: nobody waits
+// for a helper that does not come, or comes late. One that throws, for want of memory, just leaves.
+template <typename Work>
+void Parallel(const Helpers& helpers, int threads, const Work& work) {
+  struct Door {
+    std::mutex mutex;
+    std::condition_variable all_left;
+    std::atomic<int> inside{0};
+    bool is_closed = false;
+    int entered = 0;
+  };
+  if (threads < 2) return work(0);
+  const auto door = std::make_shared<Door>();
+  const auto help = [door, &work] {
+    std::unique_lock<std::mutex> lock(door->mutex);
+    if (door->is_closed) return;  // `work` may be gone
+    ++door->inside;
+    const int thread = ++door->entered;
+    lock.unlock();
+    try {
+      work(thread);
+    } catch (const std::bad_alloc&) {
+    }
+    lock.lock();
+    if (--door->inside == 0) door->all_left.notify_one();
+  };
+  struct Close {  // also where work(0) throws
+    ~Close() {
+      for (int spins = 0; spins < 4000 && door->inside > 0; ++spins) Pause();
+      std::unique_lock<std::mutex> lock(door->mutex);
+      door->is_closed = true;
+      door->all_left.wait(lock, [&] { return door->inside == 0; });
+    }
+    const std::shared_ptr<Door>& door;
+  };
+  const Close close{door};
+  try {
+    for (int i = 1; i < threads; ++i) helpers.schedule(help);
+  } catch (const std::bad_alloc&) {  // then there are fewer
+  }
+  work(0);
 }
 
 struct Span {
@@ -72,82 +125,72 @@ inline Span Part(int64_t size, int64_t unit, int parts, int index) {
           std::min(size, units * (index + 1) / parts * unit)};
 }
 
-// Hands out the rows of a batch, tile by tile: large shares first, small ones at the end, so that a
-// thread that the system starts late, or takes the core from, does less and nobody waits for it.
+// Hands out 0..size, in multiples of a unit: large shares first, small ones at the end, so that a
+// thread that starts late, or that the system takes the core from, does less and nobody waits.
 class Shares {
  public:
-  Shares(Span rows, int64_t unit, int threads) : rows_(rows), unit_(unit), threads_(threads) {}
+  Shares(int64_t size, int64_t unit, int threads) : end_(size), unit_(unit), threads_(threads) {}
 
   bool Next(Span* share) {
     const std::lock_guard<std::mutex> guard(mutex_);
-    const int64_t units = (rows_.end - rows_.begin + unit_ - 1) / unit_;
+    const int64_t units = (end_ - begin_ + unit_ - 1) / unit_;
     const int64_t mine = threads_ == 1 ? units : (units + 2 * threads_ - 1) / (2 * threads_);
-    *share = {rows_.begin, std::min(rows_.end, rows_.begin + mine * unit_)};
-    rows_.begin = share->end;
+    *share = {begin_, std::min(end_, begin_ + mine * unit_)};
+    begin_ = share->end;
     return share->begin < share->end;
   }
 
  private:
   std::mutex mutex_;
-  Span rows_;
-  const int64_t unit_;
+  int64_t begin_ = 0;
+  const int64_t end_, unit_;
   const int threads_;
 };
 
-// Calls work(panels, next, barrier) on as many threads as pay. A thread has some of the panels of
-// weights, and the rows of the batch that next(&rows) gives it until that is false. Rows need no
-// barrier, but each thread that has all panels needs them in its own cache; so where they are too
-// large for it, or there are fewer tiles of rows than threads, threads share panels instead. Those
-// have the same rows, and a barrier to meet at. What one of them throws is thrown here. Where the
-// system refuses a thread, there are fewer.
-template <typename Work>
-void Parallel(int64_t batch, int64_t unit, int64_t panels, int64_t panel_bytes, const Work& work,
-              int threads = CountCores()) {
-  constexpr int64_t kCacheBytes = 1 << 22;
-  if (batch == 0 || panels == 0) return;
-  int over_rows = std::min<int64_t>(threads, (batch + unit - 1) / unit);
-  int over_panels = std::min<int64_t>(threads / over_rows, panels);
-  while (over_rows > 1 && over_panels < panels &&
-         panels * panel_bytes / over_panels > kCacheBytes) {
-    over_rows = (over_rows + 1) / 2;
-    over_panels = std::min<int64_t>(threads / over_rows, panels);
-  }
-  const int wanted = over_rows * over_panels;
-  Shares all({0, batch}, unit, over_rows);
-  std::vector<std::unique_ptr<Barrier>> barriers;
-  for (int i = 0; i < over_rows; ++i) barriers.push_back(std::make_unique<Barrier>(over_panels));
-  // Threads that share panels can't do without each other: none begins before all are there.
-  Barrier start(over_panels == 1 ? 1 : wanted);
-  std::mutex mutex;
-  std::exception_ptr failure;
-  auto run = [&](int index) {
-    const int row_part = index / over_panels, panel_part = index % over_panels;
-    try {
-      start.Wait();
-      Shares own(Part(batch, unit, over_rows, row_part), unit, 1);
-      Shares& shares = over_panels == 1 ? all : own;
-      work(Part(panels, 1, over_panels, panel_part),
-           [&](Span* rows) { return shares.Next(rows); }, *barriers[row_part]);
-    } catch (...) {
-      const std::lock_guard<std::mutex> guard(mutex);
-      if (!failure) failure = std::current_exception();
-      barriers[row_part]->Break();
-    }
-  };
-  std::vector<std::thread> others;
-  others.reserve(wanted - 1);
-  try {
-    for (int i = 1; i < wanted; ++i) others.emplace_back(run, i);
-  } catch (const std::exception&) {
-    start.Break();
-  }
-  const int started = 1 + others.size();
-  const bool is_enough = over_panels == 1 || started == wanted;
-  if (is_enough) run(0);
-  for (auto& other : others) other.join();
-  if (!is_enough) return Parallel(batch, unit, panels, panel_bytes, work, started);
-  if (failure) std::rethrow_exception(failure);
+// Of so many units of work: some for each thread, so that whoever is early finds more to do.
+inline int64_t CountParts(int threads, int64_t units) {
+  return threads == 1 ? 1 : std::min<int64_t>(4 * threads, units);
 }
+
+// Steps of a few parts each, every one of which needs all parts of the step before it. A thread
+// begins with the same parts at each step, which it has in its cache, and then takes what is left.
+// So it waits only for parts that others are in the middle of.
+class Steps {
+ public:
+  Steps(int64_t steps, int64_t parts, int threads)
+      : steps_(steps), parts_(parts), threads_(threads), next_(parts) {}
+
+  // Calls work(step, part).
+  template <typename Work>
+  void Run(int thread, const Work& work) {
+    const int64_t first = thread % threads_ * parts_ / threads_;
+    int64_t step = done_.load(std::memory_order_acquire) / parts_;
+    for (; step < steps_; ++step) {
+      for (int64_t n = 0; n < parts_; ++n) {
+        const int64_t part = (first + n) % parts_;
+        int64_t expected = step;
+        if (next_[part].step.load(std::memory_order_relaxed) == step &&
+            next_[part].step.compare_exchange_strong(expected, step + 1)) {
+          work(step, part);
+          done_.fetch_add(1, std::memory_order_acq_rel);
+        }
+      }
+      const int64_t needed = (step + 1) * parts_;
+      for (int spins = 0; done_.load(std::memory_order_acquire) < needed; ++spins) {
+        spins < 2000 ? Pause() : std::this_thread::yield();
+      }
+    }
+  }
+
+ private:
+  struct alignas(64) Next {
+    std::atomic<int64_t> step{0};  // that nobody has begun
+  };
+  const int64_t steps_, parts_;
+  const int threads_;
+  alignas(64) std::atomic<int64_t> done_{0};  // parts, of all steps
+  std::vector<Next> next_;
+};
 
 // Memory for a call, kept for the next one: freshly mapped, it costs more than what is done in it.
 class Scratch {

@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -12,15 +13,36 @@
 
 namespace lstm {
 
-// A tile of kTileRows rows and kColumns columns fills the registers.
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kTileRows = 6;
+constexpr int kLanes = 16;
 #elif defined(__AVX__)
-constexpr int kLanes = 8, kTileRows = 3;
+constexpr int kLanes = 8;
 #else
-constexpr int kLanes = 4, kTileRows = 6;
+constexpr int kLanes = 4;
 #endif
-constexpr int kColumns = 4 * kLanes;  // of a tile, and of a panel of packed weights
+
+// A tile has up to kTileRows rows and kColumns columns, and so has a panel of packed weights.
+constexpr int kTileRows = 6, kColumns = 4 * kLanes;
+
+// How many of a tile's four vectors of columns to add up at once. Beside their sums, the registers
+// must hold as many vectors of weights and a word of a row: those that are read from memory again
+// for each row cost more than the products.
+constexpr int CountAtOnce(int rows) {
+#if defined(__AVX512F__) || defined(__aarch64__)
+  return 4;  // of 32 registers
+#else
+  return rows <= 2 ? 4 : 2;  // of 16
+#endif
+}
+
+// For whoever looks at a place in memory until another core writes there.
+inline void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
@@ -42,6 +64,14 @@ inline void Store(float* to, Vec v, int count = kLanes) {
   } else {
     std::memcpy(to, &v, 4 * count);
   }
+}
+
+// The same vector, which the compiler is not to read from memory again at each use.
+inline Vec InRegister(Vec v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+  return v;
 }
 
 // Store what is not read again soon: around the cache, without reading the memory first.
@@ -153,23 +183,38 @@ struct Bfloat16 {
 };
 #endif
 
-// sums[row][v] += the products of a row's words with a panel's, which has kColumns for each of them.
+// sums[row][v] += the products of a row's words, which word(row, k) reads, with a panel's, which has
+// kColumns for each of them.
+template <typename N, int kRows, typename Word>
+inline __attribute__((always_inline)) void MultiplyWords(Vec (&sums)[kRows][4], const Word& word,
+                                                         const float* panel, int64_t words) {
+  constexpr int kAtOnce = CountAtOnce(kRows);
+  for (int first = 0; first < 4; first += kAtOnce) {
+    const float* weights = panel + first * kLanes;
+    Vec acc[kRows][kAtOnce];
+    for (int r = 0; r < kRows; ++r) std::copy_n(sums[r] + first, kAtOnce, acc[r]);
+    for (int64_t k = 0; k < words; ++k, weights += kColumns) {
+      Vec w[kAtOnce];
+#pragma GCC unroll 4
+      for (int v = 0; v < kAtOnce; ++v) w[v] = InRegister(Load(weights + v * kLanes));
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kAtOnce; ++v) acc[r][v] = N::MultiplyAdd(acc[r][v], word(r, k), w[v]);
+      }
+    }
+    for (int r = 0; r < kRows; ++r) std::copy_n(acc[r], kAtOnce, sums[r] + first);
+  }
+}
+
+// The same for rows that lie in memory word by word.
 template <typename N, int kRows>
 inline __attribute__((always_inline)) void Multiply(Vec (&sums)[kRows][4],
                                                     const float* const* rows,
                                                     const float* panel, int64_t words) {
   const float* a[kRows];
-  for (int r = 0; r < kRows; ++r) a[r] = rows[r];
-  for (int64_t k = 0; k < words; ++k, panel += kColumns) {
-    Vec w[4];
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) w[v] = Load(panel + v * kLanes);
-#pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) sums[r][v] = N::MultiplyAdd(sums[r][v], a[r][k], w[v]);
-    }
-  }
+  std::copy_n(rows, kRows, a);
+  MultiplyWords<N, kRows>(sums, [&](int r, int64_t k) { return a[r][k]; }, panel, words);
 }
 
 }  // namespace lstm

@@ -270,8 +270,8 @@ def run_cases(kind, implementation, count):
 @pytest.mark.parametrize(
     ("kind", "implementation", "count"),
     [
-        ("LSTMStack", "native", 45),
-        ("LSTMStack", "auto", 25),
+        ("LSTMStack", "native", 30),
+        ("LSTMStack", "auto", 20),
         ("GRUStack", "auto", 12),
         ("RNNStack", "native", 12),
     ],

@@ -68,7 +68,7 @@ def cases(max_batch, max_time):
 @pytest.mark.slow
 @needs_torch
 @given(case=cases(64, 200), seed=st.integers(0, 99), dtype=st.sampled_from(list(TOLERANCES)))
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 def test_any_combination_equals_torch(case, seed, dtype):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "LSTM with projections is not supported")
@@ -96,7 +96,7 @@ def loop_over_one_sequence(case, params, x, carries):
 
 @pytest.mark.slow
 @given(case=cases(4, 6), seed=st.integers(0, 99), time_major=st.booleans())
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 def test_any_combination_equals_a_loop_over_the_cell(case, seed, time_major):
     """Each sequence by itself, cut to its length: no batch, no padding, no scan."""
     case = DEFAULTS | case

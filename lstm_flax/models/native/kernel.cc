@@ -58,21 +58,23 @@ const auto* StateBefore(const Arrays& a, int64_t b, int64_t t) {
 
 // Has panels of weights packed and then, at each step, a tile computed for all panels and all rows
 // of the batch, by as many threads as pay. Threads that have rows of their own need not meet; but
-// each reads all panels, so where these are too large for its cache, or where there are fewer tiles
-// of rows than threads, groups of threads share the panels and have the same rows.
+// each reads all panels at each step. Where its cache does not hold them, and its rows are too few
+// to be worth their way from memory, or where there are fewer tiles of rows than threads, groups of
+// threads share the panels and have the same rows.
 //
 // pack(panel, to) writes panel_size floats; tile(step, panel, packed, rows) computes.
 template <typename Pack, typename Tile>
 void RunSteps(const Helpers& helpers, int64_t batch, int64_t time, int64_t panels,
               int64_t panel_size, const Pack& pack, const Tile& tile) {
-  constexpr int64_t kCacheFloats = 1 << 20;
+  constexpr int64_t kCacheFloats = 1 << 17, kWorthReading = 8 * kTileRows;
   constexpr int64_t kBlock = 16 * kTileRows;  // rows that stay in the cache from panel to panel
   if (batch == 0 || panels == 0) return;
   const double multiplications = 1. * batch * time * panels * panel_size;
   const int threads = CountThreads(helpers, multiplications);
   int groups = std::min<int64_t>(threads, (batch + kTileRows - 1) / kTileRows);
   int sharing = std::min<int64_t>(threads / groups, panels);
-  while (groups > 1 && sharing < panels && panels * panel_size / sharing > kCacheFloats) {
+  while (groups > 1 && sharing < panels && batch / groups < kWorthReading &&
+         panels * panel_size / sharing > kCacheFloats) {
     groups = (groups + 1) / 2;
     sharing = std::min<int64_t>(threads / groups, panels);
   }

@@ -118,6 +118,22 @@ def test_the_default_takes_it_and_makes_the_same_parameters():
     assert native.TARGET.format(part="forward", dtype="float32") in text
 
 
+def test_the_default_leaves_to_xla_what_that_computes_faster():
+    def kernels_in(batch, time, implementation="auto", **options):
+        stack = LSTMStack(implementation=implementation, **{"hidden_size": 8} | options)
+        x = jax.ShapeDtypeStruct((batch, time, 3), jnp.float32)
+        variables = jax.eval_shape(stack.init, jax.random.key(0), x)
+        program = jax.jit(jax.grad(lambda v, x: stack.apply(v, x)[0].sum()))
+        return program.lower(variables, x).as_text().count("lstm_flax_")
+
+    parts = kernels_in(4, 6)
+    assert parts >= 3  # forward and the gradients of gates and weights
+    assert kernels_in(400, 1) == kernels_in(2, 6) == 0
+    assert kernels_in(1, 24) == parts
+    assert kernels_in(100, 6, hidden_size=1024) == parts - 1
+    assert kernels_in(400, 1, "native") == kernels_in(2, 6, "native") == parts
+
+
 def test_padding_is_never_read():
     x = normal(1, 3, 6, 4)
     kernel, _, params = pair(x, hidden_size=8, num_layers=2, bidirectional=True)
@@ -243,7 +259,7 @@ def test_under_shard_map_each_device_runs_it():
 import jax, jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from lstm_flax import LSTMStack
-stack, x = LSTMStack(8, 2), jax.random.normal(jax.random.key(1), (8, 6, 5))
+stack, x = LSTMStack(8, 2), jax.random.normal(jax.random.key(1), (8, 30, 5))
 variables = stack.init(jax.random.key(0), x)
 loss = lambda v, x: (stack.apply(v, x)[0] ** 2).sum()
 mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -179,9 +179,10 @@ class LSTMStack(RecurrentStack):
             bfloat16 where the CPU multiplies that; "pallas" is the one in
             `lstm_flax.models.pallas_tpu`, for a TPU; "cudnn" is NVIDIA's, in float32. "auto" takes
             whichever there is for the platform that the program is compiled for, be it this
-            machine's or not; cuDNN's only where JAX's CUDA plugin is installed. Where one is asked
-            for by name and impossible, a warning says why, and it scans; "auto" logs that to the
-            logger "lstm_flax".
+            machine's or not, and no kernel for sizes at which XLA's own products are faster;
+            cuDNN's only where JAX's CUDA plugin is installed. Where one is asked for by name and
+            impossible, a warning says why, and it scans; "auto" logs that to the logger
+            "lstm_flax".
 
     Raises:
         ValueError: an attribute has a value that it can't have; the message gives its bounds.
@@ -265,7 +266,12 @@ class LSTMStack(RecurrentStack):
             c_0=carry[1],
             lengths=lengths,
         )
-        outputs, h_n, c_n = lstm_layer(operands, reverse=reverse, precision=self.precision)
+        outputs, h_n, c_n = lstm_layer(
+            operands,
+            reverse=reverse,
+            precision=self.precision,
+            at_any_size=self.implementation != "auto",
+        )
         return (h_n, c_n), outputs
 
     def run_cudnn(

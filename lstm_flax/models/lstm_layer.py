@@ -11,7 +11,8 @@ This is the only file that knows about transformations, so that no kernel has to
   definitions.
 - `vmap` folds the mapped axis into the batch where the weights are not mapped.
 - Lowering picks the kernel by the platform that the program is for, not by that of this machine.
-  Where there is one that can't take the operands, a line to the logger "lstm_flax" says why.
+  Where there is one that can't take the operands, a line to the logger "lstm_flax" says why. Where
+  it would take longer than the definition, that runs, unless a kernel was asked for by name.
 """
 
 import logging
@@ -43,6 +44,9 @@ class Kernels(Protocol):
     def why_not(self, part: str, operands: Arrays) -> str | None:
         """Why the function called `part` can't take these; None: it can."""
 
+    def is_slower(self, part: str, operands: Arrays) -> bool:
+        """Whether the definition takes less time for these."""
+
 
 class Operands(NamedTuple):
     """What a layer is computed from, in the form that kernels get it.
@@ -61,7 +65,11 @@ class Operands(NamedTuple):
 
 
 def lstm_layer(
-    operands: Operands, *, reverse: bool = False, precision: Any = None
+    operands: Operands,
+    *,
+    reverse: bool = False,
+    precision: Any = None,
+    at_any_size: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One layer and direction over whole sequences.
 
@@ -69,6 +77,7 @@ def lstm_layer(
         operands: see `Operands`.
         reverse: start each sequence at its end.
         precision: of the products, as in `jax.lax.dot`; kernels for CPUs have the highest always.
+        at_any_size: by a kernel that can, also where the definition takes less time.
 
     Returns:
         `(outputs, h_n, c_n)`: the outputs, compute dtype [batch, time, hidden_size], zero in the
@@ -80,7 +89,8 @@ def lstm_layer(
     """
     _check(operands)
     operands = Operands(*_varying_alike(operands))
-    return tuple(forward_p.bind(*operands, reverse=reverse, precision=precision, keep=False))
+    static = {"reverse": reverse, "precision": precision, "at_any_size": at_any_size}
+    return tuple(forward_p.bind(*operands, keep=False, **static))
 
 
 def _check(operands: Operands) -> None:
@@ -115,10 +125,10 @@ def _varying_alike(arrays: Arrays) -> list[jax.Array]:
     ]
 
 
-# ---- What each primitive computes.
+# ---- What each primitive computes, whatever else its kernels are told.
 
 
-def forward(x, kernel_ih, kernel_hh, bias, h_0, c_0, lengths, *, reverse, precision, keep):
+def forward(x, kernel_ih, kernel_hh, bias, h_0, c_0, lengths, *, reverse, precision, keep, **_):
     """`(outputs, h_n, c_n)`, and if `keep` what the gradients need.
 
     That is the activated gates, [batch, time, 4 * hidden_size], and the cell states, [batch, time,
@@ -145,7 +155,7 @@ def forward(x, kernel_ih, kernel_hh, bias, h_0, c_0, lengths, *, reverse, precis
 
 
 def gate_gradients(
-    d_outputs, d_h_n, d_c_n, gates, cells, kernel_hh, c_0, lengths, *, reverse, precision
+    d_outputs, d_h_n, d_c_n, gates, cells, kernel_hh, c_0, lengths, *, reverse, precision, **_
 ):
     """`(d_gates, d_c_0)`: the gradients of the sums that went into the gates, and of `c_0`.
 
@@ -176,7 +186,7 @@ def gate_gradients(
     return d_gates.swapaxes(0, 1), d_c_0
 
 
-def weight_gradients(x, h_0, outputs, lengths, d_gates, *, reverse, precision, dtype):
+def weight_gradients(x, h_0, outputs, lengths, d_gates, *, reverse, precision, dtype, **_):
     """`(d_kernel_ih, d_kernel_hh, d_bias)`, in the accumulation dtype, which is `dtype`."""
     before = _step_before(outputs, h_0, lengths, reverse)
 
@@ -193,13 +203,13 @@ def weight_gradients(x, h_0, outputs, lengths, d_gates, *, reverse, precision, d
     return add_up(x), add_up(before), d_gates.sum((0, 1), dtype=dtype)
 
 
-def input_gradient(d_gates, kernel_ih, *, precision):
+def input_gradient(d_gates, kernel_ih, *, precision, **_):
     """`(d_x,)`, in the compute dtype."""
     kernel_ih = kernel_ih.astype(d_gates.dtype)
     return (jnp.dot(d_gates, kernel_ih.T, precision=precision),)
 
 
-def tangents(*arrays, moving, reverse, precision):
+def tangents(*arrays, moving, reverse, precision, **_):
     """The tangents of `(outputs, h_n, c_n)`; linear in those of the operands.
 
     Args:
@@ -297,7 +307,7 @@ def register(kernels: Kernels, platform: str | None = None) -> None:
             mlir.register_lowering(primitive, lower, platform=platform or kernels.PLATFORM)
 
 
-def _lower(definition, kernels, ctx, *args, **static):
+def _lower(definition, kernels, ctx, *args, at_any_size, **static):
     part = definition.__name__
     is_export = ctx.module_context.lowering_parameters.for_export
     if is_export and not kernels.CAN_BE_EXPORTED:
@@ -306,7 +316,8 @@ def _lower(definition, kernels, ctx, *args, **static):
         reason = kernels.why_not(part, ctx.avals_in)
     if reason:
         logger.info("no kernel computes %s for %s: %s", part, kernels.PLATFORM, reason)
-    chosen = definition if reason else getattr(kernels, part)
+    takes_kernel = not reason and (at_any_size or not kernels.is_slower(part, ctx.avals_in))
+    chosen = getattr(kernels, part) if takes_kernel else definition
     return mlir.lower_fun(chosen, multiple_results=True)(ctx, *args, **static)
 
 
@@ -394,7 +405,7 @@ def _transpose(cotangents, *arrays, moving, **static):
             x, h_0, outputs, lengths, d_gates, dtype=c_0.dtype, **static
         )
     if "x" in needed:
-        (gradients["x"],) = input_gradient_p.bind(d_gates, kernel_ih, precision=precision)
+        (gradients["x"],) = input_gradient_p.bind(d_gates, kernel_ih, **static)
     if "h_0" in needed:
         first = jnp.maximum(lengths - 1, 0) if reverse else jnp.zeros_like(lengths)
         at_first = jnp.take_along_axis(d_gates, first[:, None, None], axis=1)[:, 0]

@@ -28,6 +28,7 @@ __all__ = [
     "forward",
     "gate_gradients",
     "input_gradient",
+    "is_slower",
     "unavailable",
     "weight_gradients",
     "why_not",
@@ -44,6 +45,20 @@ def why_not(part: str, operands: Any) -> str | None:
     if dtype == jnp.bfloat16 and any(size % 2 for size in sizes):
         return "an odd hidden_size in bfloat16"
     return unavailable(dtype)
+
+
+def is_slower(part: str, operands: Any) -> bool:
+    """Whether XLA's own products are faster here; see `lstm_layer.Kernels`.
+
+    The kernel packs the weights at each call, which few rows of batch and time do not earn back, nor
+    does a single step, which XLA computes without a loop. And it has no second level of blocks for
+    weights beyond all caches: 1,024 units, batch 128, took 1.3 to 1.7 times as long as the scan, but
+    batch 16 half as long. `python -m experiments.benchmark --cases grid` is where this comes from.
+    """
+    batch, time = operands[0].shape[:2]
+    weights = operands[1].size + operands[2].size if part == "forward" else 0  # numbers
+    is_hardly_used = time == 1 or batch * time <= (24 if weights > 1 << 20 else 12)
+    return is_hardly_used or (weights > 1 << 22 and batch > 32)
 
 
 def forward(x, kernel_ih, kernel_hh, bias, h_0, c_0, lengths, *, reverse, keep, **_):

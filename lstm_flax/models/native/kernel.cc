@@ -67,17 +67,23 @@ template <typename Pack, typename Tile>
 void RunSteps(const Helpers& helpers, int64_t batch, int64_t time, int64_t panels,
               int64_t panel_size, const Pack& pack, const Tile& tile) {
   constexpr int64_t kCacheFloats = 1 << 17, kWorthReading = 8 * kTileRows;
+  constexpr double kWorthMeeting = 1 << 16;  // multiplications of a thread at a step
   constexpr int64_t kBlock = 16 * kTileRows;  // rows that stay in the cache from panel to panel
-  if (batch == 0 || panels == 0) return;
+  if (batch == 0 || time == 0 || panels == 0) return;
   const double multiplications = 1. * batch * time * panels * panel_size;
-  const int threads = CountThreads(helpers, multiplications);
+  int threads = CountThreads(helpers, multiplications);
+  const auto count_sharing = [&](int groups) {
+    const double worth = multiplications / time / groups / kWorthMeeting;
+    return static_cast<int>(std::clamp(worth, 1., 1. * std::min<int64_t>(threads / groups, panels)));
+  };
   int groups = std::min<int64_t>(threads, (batch + kTileRows - 1) / kTileRows);
-  int sharing = std::min<int64_t>(threads / groups, panels);
+  int sharing = count_sharing(groups);
   while (groups > 1 && sharing < panels && batch / groups < kWorthReading &&
          panels * panel_size / sharing > kCacheFloats) {
     groups = (groups + 1) / 2;
-    sharing = std::min<int64_t>(threads / groups, panels);
+    sharing = count_sharing(groups);
   }
+  if (sharing > 1) threads = groups * sharing;
   const int64_t parts = CountParts(threads, panels), shared_parts = CountParts(sharing, panels);
   Scratch packed(panels * panel_size);
   auto compute = [&](int64_t step, Span mine, Span rows) {
@@ -232,99 +238,11 @@ void ForwardTile(const ForwardArrays<N>& a, int64_t row, int64_t t, int64_t pane
   for (int r = 0; r < kRows; ++r) FinishStep(a, row + r, t, unit, acc[r]);
 }
 
-// sums[row][column] += rows[row][k] * weights[k][column] over so many k from k on and all columns:
-// for so few rows that weights are best read once, where and as they lie.
-template <int kRows, int kDepth>
-void StreamTile(const float* const* rows, int64_t k, const float* weights, int64_t columns,
-                float* const* sums) {
-  float a[kRows][kDepth];
-  for (int r = 0; r < kRows; ++r) {
-    for (int d = 0; d < kDepth; ++d) a[r][d] = rows[r][k + d];
-  }
-  weights += k * columns;
-  auto add = [&](int64_t column, int count) {
-    Vec acc[kRows];
-    for (int r = 0; r < kRows; ++r) acc[r] = Load(sums[r] + column, count);
-#pragma GCC unroll 8
-    for (int d = 0; d < kDepth; ++d) {
-      const Vec w = Load(weights + d * columns + column, count);
-      for (int r = 0; r < kRows; ++r) acc[r] += a[r][d] * w;
-    }
-    for (int r = 0; r < kRows; ++r) Store(sums[r] + column, acc[r], count);
-  };
-  int64_t column = 0;
-  for (; column + kLanes <= columns; column += kLanes) add(column, kLanes);
-  if (column < columns) add(column, columns - column);
-}
-
-template <int kRows>
-void StreamRows(const float* const* rows, int64_t depth, const float* weights, int64_t columns,
-                float* const* sums) {
-  constexpr int kDepth = kRows == 1 ? 8 : kRows == 2 ? 4 : 2;  // all at once fill the registers
-  int64_t k = 0;
-  for (; k + kDepth <= depth; k += kDepth) {
-    StreamTile<kRows, kDepth>(rows, k, weights, columns, sums);
-  }
-  for (; k < depth; ++k) StreamTile<kRows, 1>(rows, k, weights, columns, sums);
-}
-
-// One step of so many rows, with weights that nobody has packed.
-template <int kRows>
-void StreamStep(const ForwardArrays<Float32>& a, int64_t row, int64_t t) {
-  const auto [batch, time, features, hidden] = a.size;
-  const float *inputs[kRows], *states[kRows];
-  float* sums[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    inputs[r] = a.x + ((row + r) * time + t) * features;
-    states[r] = StateBefore(a, row + r, t);
-    sums[r] = a.sums + r * 4 * hidden;
-    std::copy_n(a.bias, 4 * hidden, sums[r]);
-  }
-  StreamRows<kRows>(inputs, features, a.kernel_ih, 4 * hidden, sums);
-  StreamRows<kRows>(states, hidden, a.kernel_hh, 4 * hidden, sums);
-  for (int r = 0; r < kRows; ++r) {
-    for (int64_t unit = 0; unit < hidden; unit += kLanes) {
-      Vec four[4];
-      for (int gate = 0; gate < 4; ++gate) {
-        four[gate] = Load(sums[r] + gate * hidden + unit, CountLanes(hidden, unit));
-      }
-      FinishStep(a, row + r, t, unit, four);
-    }
-  }
-}
-
-// So few rows of batch and time that packing the weights would take longer than it saves.
-constexpr int64_t kFewRows = 8;
-
-// By one thread: what limits it is how fast the weights come from memory, in one long row, and
-// others that read parts of each row slow it down.
-void RunFewRows(ForwardArrays<Float32> a) {
-  constexpr int64_t kRows = 4;
-  const auto [batch, time, features, hidden] = a.size;
-  Scratch sums(std::min(batch, kRows) * 4 * hidden);
-  a.sums = sums.data();
-  for (int64_t step = 0; step < time; ++step) {
-    const int64_t t = a.reverse ? time - 1 - step : step;
-    for (int64_t row = 0; row < batch; row += kRows) {
-      switch (batch - row) {
-        case 1: StreamStep<1>(a, row, t); break;
-        case 2: StreamStep<2>(a, row, t); break;
-        case 3: StreamStep<3>(a, row, t); break;
-        default: StreamStep<kRows>(a, row, t);
-      }
-    }
-  }
-  EndStreams();
-}
-
 template <typename N>
 void RunForward(const Helpers& helpers, ForwardArrays<N> a) {
   const int64_t batch = a.size.batch, time = a.size.time, hidden = a.size.hidden;
   std::copy_n(a.h_0, batch * hidden, a.h_n);
   std::copy_n(a.c_0, batch * hidden, a.c_n);
-  if constexpr (N::kPerWord == 1) {
-    if (batch * time <= kFewRows) return RunFewRows(a);
-  }
   const bool ahead = batch < kTileRows;
   Scratch sums(ahead && !a.gates ? batch * time * 4 * hidden : 0);
   if (ahead) a.sums = a.gates ? a.gates : sums.data();

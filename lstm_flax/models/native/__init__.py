@@ -50,10 +50,10 @@ def why_not(part: str, operands: Any) -> str | None:
 def is_slower(part: str, operands: Any) -> bool:
     """Whether XLA's own products are faster here; see `lstm_layer.Kernels`.
 
-    The kernel packs the weights at each call, which few rows of batch and time do not earn back, nor
-    does a single step, which XLA computes without a loop. And it has no second level of blocks for
-    weights beyond all caches: 1,024 units, batch 128, took 1.3 to 1.7 times as long as the scan, but
-    batch 16 half as long. `python -m experiments.benchmark --cases grid` is where this comes from.
+    The kernel packs the weights at each call, which few rows of batch and time do not earn back,
+    nor a single step, which XLA computes without a loop. Nor has it a second level of blocks for
+    weights beyond all caches: with 1,024 units a batch of 128 took 1.3 to 1.7 times as long as the
+    scan, one of 16 half as long. `python -m experiments.benchmark --cases grid` gave the sizes.
     """
     batch, time = operands[0].shape[:2]
     weights = operands[1].size + operands[2].size if part == "forward" else 0  # numbers

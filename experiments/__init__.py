@@ -2,7 +2,7 @@
 
 import sys
 
-from experiments import stopping, streams
+from experiments.harness import stopping, streams
 
 if sys.argv[:1] == ["-m"]:  # while Python looks for the command's module, before its long imports
     streams.open_missing()

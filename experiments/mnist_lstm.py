@@ -19,15 +19,16 @@ import jax
 import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
 
-from experiments import environment, from_config, loop, processes, run_files, stopping
-from experiments.command import command
-from experiments.config import Config, of_the_run, parse
-from experiments.console import print_summary, warn, without_echoes
-from experiments.loop import TrainingError
-from experiments.position import Position, Run, Saved, check_epochs, resume
-from experiments.run_files import RunFilesError
-from experiments.stopping import Stopped, StopRequests
-from experiments.usage import UsageError, check_fills_batch, command_line, counted
+from experiments.harness import stopping
+from experiments.harness.command import command
+from experiments.harness.stopping import Stopped, StopRequests
+from experiments.harness.usage import UsageError, check_fills_batch, command_line, counted
+from experiments.training_run import environment, from_config, loop, processes, run_files
+from experiments.training_run.config import Config, of_the_run, parse
+from experiments.training_run.console import print_summary, warn, without_echoes
+from experiments.training_run.loop import TrainingError
+from experiments.training_run.loop_state import Position, Run, Saved, check_epochs, resume
+from experiments.training_run.run_files import RunFilesError
 from lstm_flax import checkpoints, data, training
 from lstm_flax.checkpoints import CheckpointError
 from lstm_flax.data import DataError

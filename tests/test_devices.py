@@ -149,9 +149,7 @@ def test_a_request_to_stop_reaches_all_processes(data_dir, on_one_device, tmp_pa
     assert_equal_to_rounding(tmp_path, on_one_device)
 
 
-def test_when_one_process_dies_the_other_says_so_and_both_resume(
-    data_dir, on_one_device, tmp_path
-):
+def test_when_one_process_dies_the_other_says_so_and_both_resume(data_dir, on_one_device, tmp_path):
     for victim, line in enumerate(["epoch 1/3", "epoch 2/3"]):
         processes = start_two(data_dir, tmp_path)
         read_until(processes[0], line)

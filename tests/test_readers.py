@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from experiments import run_files
-from experiments.config import Config, of_the_run, stored_config
-from experiments.digit_image import FORMATS, DigitImageError, read_digit_image
-from experiments.position import Saved
+from experiments.predict.digit_image import FORMATS, DigitImageError, read_digit_image
 from experiments.report import recorded
-from experiments.run_files import RunFilesError
+from experiments.training_run import run_files
+from experiments.training_run.config import Config, of_the_run, stored_config
+from experiments.training_run.loop_state import Saved
+from experiments.training_run.run_files import RunFilesError
 from lstm_flax import checkpoints
 from lstm_flax.checkpoints import DamagedError
 from lstm_flax.data.builders import read_idx

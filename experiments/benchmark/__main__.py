@@ -24,9 +24,9 @@ from experiments.benchmark import report, tpu
 from experiments.benchmark.cases import QUICK, STAR, Case, parse_cases
 from experiments.benchmark.measure import MODES, Mode, PeerError, Settings, measure
 from experiments.benchmark.peers import OURS, PEERS
-from experiments.command import command
-from experiments.run_files import replacing
-from experiments.usage import (
+from experiments.harness.command import command
+from experiments.harness.output_files import replacing
+from experiments.harness.usage import (
     DatasetName,
     UsageError,
     check_at_least,

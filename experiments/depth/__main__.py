@@ -20,12 +20,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments import markdown
-from experiments.command import command
 from experiments.depth.measure import Row, first_of_each_class, step_seconds, t_interval
 from experiments.depth.parameters import KINDS, count, formula, make_model, total
-from experiments.short_training import Recipe, accuracy, on_device, train
-from experiments.usage import (
+from experiments.harness import markdown
+from experiments.harness.command import command
+from experiments.harness.short_training import Recipe, accuracy, on_device, train
+from experiments.harness.usage import (
     DataFlags,
     UsageError,
     check_at_least,

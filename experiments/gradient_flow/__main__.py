@@ -28,14 +28,14 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from experiments import markdown
-from experiments.command import command
 from experiments.gradient_flow.clipping import CLIP_NORM, Trace, trace, watched_descent
 from experiments.gradient_flow.flow import Flow, before_and_after
 from experiments.gradient_flow.memory import BLANK_ROWS, accuracies
 from experiments.gradient_flow.models import all_variants, as_pixels, as_rows, rnns
-from experiments.short_training import Recipe
-from experiments.usage import (
+from experiments.harness import markdown
+from experiments.harness.command import command
+from experiments.harness.short_training import Recipe
+from experiments.harness.usage import (
     DataFlags,
     check_at_least,
     check_fills_batch,

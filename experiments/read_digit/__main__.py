@@ -14,17 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.command import command
-from experiments.read_digit.reading import (
-    find_mistakes,
-    gates_by_row,
-    probabilities_by_row,
-    report,
-    settled_row,
-)
-from experiments.restored import RestoredRun, classify, restore_row_reader
-from experiments.run_files import RunFilesError, figures_path
-from experiments.usage import (
+from experiments.harness.command import command
+from experiments.harness.usage import (
     DataPlaces,
     UsageError,
     check_at_least,
@@ -33,6 +24,15 @@ from experiments.usage import (
     printable,
     read_flags,
 )
+from experiments.read_digit.reading import (
+    find_mistakes,
+    gates_by_row,
+    probabilities_by_row,
+    report,
+    settled_row,
+)
+from experiments.training_run.restored import RestoredRun, classify, restore_row_reader
+from experiments.training_run.run_files import RunFilesError, figures_path
 from lstm_flax import data
 from lstm_flax.checkpoints import CheckpointError
 from lstm_flax.data import DataError, Split

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
 
-from experiments import run_files
-from experiments.config import MOST_EPOCHS, Config, differences, of_the_run
-from experiments.console import warn
-from experiments.usage import UsageError
+from experiments.harness.usage import UsageError
+from experiments.training_run import run_files
+from experiments.training_run.config import MOST_EPOCHS, Config, differences, of_the_run
+from experiments.training_run.console import warn
 from lstm_flax import checkpoints, training
 from lstm_flax.training import Batch, Keys, Metrics
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import absl.logging
 
-from experiments import streams, usage
-from experiments.usage import UsageError
+from experiments.harness import streams, usage
+from experiments.harness.usage import UsageError
 
 Main = Callable[..., int]
 Fail = Callable[[Exception], int]

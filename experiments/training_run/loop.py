@@ -15,13 +15,13 @@ import jax
 import numpy as np
 from flax.training.train_state import TrainState
 
-from experiments import environment, from_config, run_files
-from experiments.board import Board
-from experiments.config import Config
-from experiments.console import Progress, duration, warn
-from experiments.pace import Pace
-from experiments.position import Position, Run, save
-from experiments.stopping import Stopped, StopRequests
+from experiments.harness.stopping import Stopped, StopRequests
+from experiments.training_run import environment, from_config, run_files
+from experiments.training_run.board import Board
+from experiments.training_run.config import Config
+from experiments.training_run.console import Progress, duration, warn
+from experiments.training_run.loop_state import Position, Run, save
+from experiments.training_run.pace import Pace
 from lstm_flax import checkpoints, training
 from lstm_flax.training import Metrics
 

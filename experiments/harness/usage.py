@@ -106,7 +106,7 @@ def command_line(name: str, *arguments: object) -> str:
 
 def install_command(extra: str) -> str:
     """The command that installs an extra of this project, likewise."""
-    project = f"{Path(__file__).absolute().parents[1]}[{extra}]"
+    project = f"{Path(__file__).absolute().parents[2]}[{extra}]"
     return shlex.join([sys.executable or "python", "-m", "pip", "install", "-e", project])
 
 

@@ -10,7 +10,7 @@ import optax
 from flax.training.train_state import TrainState
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.config import Config
+from experiments.training_run.config import Config
 from lstm_flax import readings, training
 from lstm_flax.augment import distort
 from lstm_flax.models import LSTMClassifier, SequenceClassifier, chrono_init

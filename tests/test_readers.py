@@ -121,8 +121,8 @@ def test_a_checkpoints_description_is_one_or_is_damaged(tmp_path_factory, values
         values = values | {"sha256": hashlib.sha256(text).hexdigest()}
     (directory / "3" / "about" / "metadata").write_text(json.dumps(values))
     with contextlib.suppress(DamagedError):
-        description = checkpoints.read_about(directory, 3)
-        assert checkpoints.merit(description["metrics"], 3) >= (-np.inf, 3)
+        description = checkpoints.read_description(directory, 3)
+        assert checkpoints.best_fn(description["metrics"], 3) >= (-np.inf, 3)
         saved = Saved.of(3, description["about"])
         assert sum(record["seconds"] for record in saved.records) >= 0
 

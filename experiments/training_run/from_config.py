@@ -64,7 +64,7 @@ def optimizer(config: Config, num_images: int) -> optax.GradientTransformation:
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
     )
-    return training.spread_state(tx) if config.shard_optimizer else tx
+    return training.shard_opt_state(tx) if config.shard_optimizer else tx
 
 
 def reading(config: Config) -> Reading:

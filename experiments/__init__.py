@@ -1,6 +1,8 @@
 """Experiments that compose the library; each is run as `python -m experiments.NAME`."""
 
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 from experiments.harness import stopping, streams
 
@@ -8,3 +10,8 @@ if sys.argv[:1] == ["-m"]:  # while Python looks for the command's module, befor
     streams.open_missing()
     streams.outlive_terminal()
     stopping.REQUESTS.listen()
+    if find_spec("tyro") is None:
+        project = f"{Path(__file__).absolute().parents[1]}[experiments]"
+        command = f"{sys.executable} -m pip install -e '{project}'"
+        print(f"error: the experiments' packages are not installed: {command}", file=sys.stderr)
+        sys.exit(2)

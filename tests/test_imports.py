@@ -2,6 +2,8 @@
 
 import ast
 import graphlib
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -51,3 +53,25 @@ def test_the_leaves_of_the_library_know_neither_training_nor_each_other():
         if leaf:
             known = {other.split(".")[1] for other in others}
             assert known <= {leaf, "arguments", "files"}, name
+
+
+def test_what_takes_long_to_import_waits_until_it_is_used():
+    code = """if True:
+        import sys, lstm_flax
+        slow = ("jax.experimental.pallas", "orbax", "tensorflow_datasets", "tensorstore")
+        print([name for name in slow if name in sys.modules])
+        lstm_flax.checkpoints.open_checkpoints
+        print([name for name in slow if name in sys.modules])
+    """
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+    assert printed == b"[]\n['orbax', 'tensorstore']\n"
+
+
+def test_experiments_without_their_packages_name_the_extra():
+    started = subprocess.run(  # without any site-packages
+        [sys.executable, "-S", "-m", "experiments"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert started.returncode == 2
+    assert started.stderr.count("\n") == 1
+    assert started.stderr.startswith("error: the experiments' packages are not installed: ")
+    assert "[experiments]" in started.stderr

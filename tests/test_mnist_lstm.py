@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 from small_runs import SMALL, command, read_eval, read_lines, start
@@ -321,14 +320,3 @@ def test_help_gives_the_recipes_own_defaults(run):
         assert status == 0
         assert "(default: 20)" in output
     assert "(default: 20)" not in run("--help")[1]
-
-
-def test_the_library_trains_without_tfds():
-    """The model, training and checkpoints must be of use where tfds is not installed."""
-    code = (
-        "import sys, lstm_flax, lstm_flax.checkpoints; print('tensorflow_datasets' in sys.modules)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert result.stdout == "False\n"

@@ -1,10 +1,17 @@
 """Experiments that compose the library; each is run as `python -m experiments.NAME`."""
 
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
-from experiments import stopping, streams
+from experiments.harness import stopping, streams
 
 if sys.argv[:1] == ["-m"]:  # while Python looks for the command's module, before its long imports
     streams.open_missing()
     streams.outlive_terminal()
     stopping.REQUESTS.listen()
+    if find_spec("tyro") is None:
+        project = f"{Path(__file__).absolute().parents[1]}[experiments]"
+        command = f"{sys.executable} -m pip install -e '{project}'"
+        print(f"error: the experiments' packages are not installed: {command}", file=sys.stderr)
+        sys.exit(2)

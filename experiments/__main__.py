@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import experiments
-from experiments.command import command
-from experiments.usage import UsageError
+from experiments.harness.command import command
+from experiments.harness.usage import UsageError
 
 
 def list_experiments() -> dict[str, str]:

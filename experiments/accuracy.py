@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from experiments import mnist_lstm, run_files
-from experiments.command import command
-from experiments.config import RecipeName
-from experiments.markdown import table
-from experiments.run_files import replacing
-from experiments.usage import UsageError, check_seeds, read_flags
+from experiments import mnist_lstm
+from experiments.harness.command import command
+from experiments.harness.markdown import table
+from experiments.harness.output_files import replacing
+from experiments.harness.usage import UsageError, check_seeds, read_flags
+from experiments.training_run import run_files
+from experiments.training_run.config import RecipeName
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,15 +19,16 @@ import jax
 import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
 
-from experiments import environment, from_config, loop, processes, run_files, stopping
-from experiments.command import command
-from experiments.config import Config, of_the_run, parse
-from experiments.console import print_summary, warn, without_echoes
-from experiments.loop import TrainingError
-from experiments.position import Position, Run, Saved, check_epochs, resume
-from experiments.run_files import RunFilesError
-from experiments.stopping import Stopped, StopRequests
-from experiments.usage import UsageError, check_fills_batch, command_line, counted
+from experiments.harness import stopping
+from experiments.harness.command import command
+from experiments.harness.stopping import Stopped, StopRequests
+from experiments.harness.usage import UsageError, check_fills_batch, command_line, counted
+from experiments.training_run import environment, from_config, loop, processes, run_files
+from experiments.training_run.config import Config, of_the_run, parse
+from experiments.training_run.console import print_summary, warn, without_echoes
+from experiments.training_run.loop import TrainingError
+from experiments.training_run.loop_state import LoopState, Run, Saved, check_epochs, resume
+from experiments.training_run.run_files import RunFilesError
 from lstm_flax import checkpoints, data, training
 from lstm_flax.checkpoints import CheckpointError
 from lstm_flax.data import DataError
@@ -129,17 +130,17 @@ def describe(run: Run, state: TrainState) -> None:
 
 def train(run: Run, fresh: TrainState, stop: StopRequests) -> None:
     """Train from the newest intact checkpoint, or from a fresh state, to the last epoch."""
-    position, config = resume(run, Position.at_start(fresh)), run.config
+    loop_state, config = resume(run, LoopState.at_start(fresh)), run.config
     # Whatever happened to these files, the checkpoint knows what they held.
     run_files.write_json(run_files.config_path(config.workdir), of_the_run(config))
-    run_files.write_metrics(config.workdir, position.records)
-    if position.epochs >= config.epochs:
-        print(f"run     finished at step {position.step}")
+    run_files.write_metrics(config.workdir, loop_state.records)
+    if loop_state.epochs >= config.epochs:
+        print(f"run     finished at step {loop_state.step}")
         return
-    if position.step:
-        print(f"run     resuming from step {position.step}, in epoch {position.epochs + 1}")
-    record_start(config, position.step)
-    loop.train(run, position, stop)
+    if loop_state.step:
+        print(f"run     resuming from step {loop_state.step}, in epoch {loop_state.epochs + 1}")
+    record_start(config, loop_state.step)
+    loop.train(run, loop_state, stop)
 
 
 def record_start(config: Config, step: int) -> None:
@@ -153,7 +154,7 @@ def record_start(config: Config, step: int) -> None:
 
 def evaluate_result(run: Run, like: TrainState) -> None:
     """Restore the result, or the step asked for, evaluate it, and say and write what it is."""
-    config, manager, tree = run.config, run.manager, Position.at_start(like).tree
+    config, manager, tree = run.config, run.manager, LoopState.at_start(like).tree
     if config.step is None:
         steps = checkpoints.result_steps(manager)
         restored, damages = checkpoints.restore_first(manager, tree, steps)
@@ -174,7 +175,7 @@ def evaluate_result(run: Run, like: TrainState) -> None:
     }
     print_summary(
         evaluation,
-        Saved.of(restored.step, restored.about).records,
+        Saved.of(restored.step, restored.metadata).records,
         Path(manager.directory) / str(restored.step),
         evaluation_command(config),
     )

@@ -25,9 +25,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from experiments.command import command
-from experiments.markdown import table
-from experiments.usage import UsageError, counted, read_flags, tell
+from experiments.harness.command import command
+from experiments.harness.markdown import table
+from experiments.harness.usage import UsageError, counted, read_flags, tell
 from lstm_flax import LSTMClassifier, training
 
 Implementation = Literal["scan", "auto"]

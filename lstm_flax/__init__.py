@@ -1,7 +1,11 @@
 """An LSTM for Flax Linen, its training and its checkpoints.
 
-The data pipeline, `lstm_flax.data`, is imported by name, since it alone needs tfds.
+`lstm_flax.checkpoints`, which takes Orbax's second to import, and `lstm_flax.data`, which needs the
+extra `data`, are imported when they are first used.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from lstm_flax.models import (
     GRUCell,
@@ -25,6 +29,18 @@ from lstm_flax.training import (
     train_step,
     train_steps,
 )
+
+if TYPE_CHECKING:  # else a type checker would take any name for one of this package's
+    from lstm_flax import checkpoints as checkpoints
+    from lstm_flax import data as data
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Import a submodule that is left out above (PEP 562)."""
+        if name in ("checkpoints", "data"):
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "GRUCell",

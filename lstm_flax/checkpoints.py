@@ -53,13 +53,14 @@ class Restored(NamedTuple):
 
     step: int
     tree: Any
-    about: dict[str, Any]
+    metadata: dict[str, Any]
 
 
-def merit(metrics: dict[str, Any], step: int) -> tuple[float, int]:
-    """What makes a checkpoint the run's result: validation accuracy, or else being the last.
+def best_fn(metrics: dict[str, Any], step: int) -> tuple[float, int]:
+    """Score a checkpoint; the run's result is the one with the highest score.
 
-    Of equally accurate ones the later is better. Test figures play no part.
+    It is the most accurate one on the validation images, or else the last. Of equally accurate ones
+    the later is better. Test figures play no part.
     """
     return metrics.get("validation_accuracy", 0.0), step
 
@@ -73,7 +74,7 @@ def open_checkpoints(
     Args:
         directory: made where it does not exist, unless `read_only`; temporary folders that a
             killed run left in it are removed, unless `read_only`.
-        keep: how many of the latest to keep, beside the one with the most merit.
+        keep: how many of the latest to keep, beside the best by `best_fn`.
         read_only: change nothing on disk.
 
     Raises:
@@ -112,7 +113,7 @@ def save(
     manager: ocp.CheckpointManager,
     step: int,
     tree: Any,
-    about: dict[str, Any],
+    metadata: dict[str, Any],
     metrics: dict[str, Any] | None = None,
 ) -> None:
     """Start saving a checkpoint; it is written while training goes on.
@@ -121,8 +122,8 @@ def save(
         manager: from `open_checkpoints`.
         step: its name; larger than that of every other checkpoint.
         tree: of arrays, which may be donated as soon as this returns.
-        about: what else belongs to it, as JSON values.
-        metrics: what `merit` judges, as JSON values.
+        metadata: what else belongs to it, as JSON values.
+        metrics: what `best_fn` scores, as JSON values.
 
     Raises:
         ValueError: the step is no integer of at least 0, or the tree is not one of arrays.
@@ -135,7 +136,7 @@ def save(
     leaves = _describe(tree)
     for leaf, fingerprint in zip(leaves.values(), _fingerprints(tree), strict=True):
         leaf["fingerprint"] = int(fingerprint)
-    values = {"about": about, "metrics": metrics or {}, "leaves": leaves}
+    values = {"about": metadata, "metrics": metrics or {}, "leaves": leaves}
     with _saving(manager):
         manager.save(
             step,
@@ -157,7 +158,7 @@ def wait(manager: ocp.CheckpointManager) -> None:
 
 
 def best_step(manager: ocp.CheckpointManager) -> int | None:
-    """The step with the most `merit`, of those whose description is intact; None without any."""
+    """The best step by `best_fn`, of those whose description is intact; None without any."""
     return _best(_read_metrics(manager.directory, manager.all_steps()))
 
 
@@ -202,7 +203,7 @@ def restore(manager: ocp.CheckpointManager, like: Any, step: int) -> Restored:
         raise CheckpointError(
             f"no checkpoint of step {step} in {manager.directory}; there are: {steps}"
         )
-    values = read_about(manager.directory, step)
+    values = read_description(manager.directory, step)
     fingerprints = [leaf.pop("fingerprint") for leaf in values["leaves"].values()]
     wanted = _describe(like)
     _check_leaves(step, values["leaves"], wanted)
@@ -247,7 +248,7 @@ def restore_first(
 
 @dataclasses.dataclass(frozen=True)
 class _Best(preservation_policy.PreservationPolicy):
-    """Keep the checkpoint with the most merit, and those that may be it, being damaged.
+    """Keep the best checkpoint, and damaged ones, which may be it.
 
     It is found in the checkpoints themselves: Orbax's own metrics, once damaged, keep even the
     intact checkpoints from being opened.
@@ -264,23 +265,24 @@ class _Best(preservation_policy.PreservationPolicy):
 
 
 def _best(metrics: dict[int, dict[str, Any]]) -> int | None:
-    return max(metrics, key=lambda step: merit(metrics[step], step), default=None)
+    return max(metrics, key=lambda step: best_fn(metrics[step], step), default=None)
 
 
 def _read_metrics(directory: Path, steps: Iterable[int]) -> dict[int, dict[str, Any]]:
-    """What `merit` judges, of each checkpoint whose description is intact, by its step."""
+    """What `best_fn` scores, of each checkpoint whose description is intact, by its step."""
     metrics = {}
     for step in steps:
         with contextlib.suppress(DamagedError):
-            metrics[step] = read_about(directory, step)["metrics"]
+            metrics[step] = read_description(directory, step)["metrics"]
     return metrics
 
 
-def read_about(directory: Path, step: int) -> dict[str, Any]:
+def read_description(directory: Path, step: int) -> dict[str, Any]:
     """What `save` wrote about a checkpoint, checked against its digest; its arrays are not read.
 
     Returns:
-        "about" and "metrics", as they were given, and "leaves", which describes the arrays.
+        "about", which is the metadata, and "metrics", both as they were given, and "leaves", which
+        describes the arrays.
 
     Raises:
         DamagedError: it can't be read, or is not as it was saved.

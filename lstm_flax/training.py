@@ -119,8 +119,8 @@ def replicate(tree: Any) -> Any:
     return jax.device_put(tree, NamedSharding(jax.sharding.get_mesh(), P()))
 
 
-def spread_state(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Let each device of the mesh in force keep its share of the optimiser's state.
+def shard_opt_state(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Shard the optimiser's state over the devices of the mesh in force.
 
     Without it each keeps all of it. The updates are the same; each step gathers them (Rajbhandari
     et al., "ZeRO", 2020, stage 1). What no axis of can be shared equally stays whole.

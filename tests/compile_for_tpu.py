@@ -16,8 +16,8 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments import from_config
-from experiments.config import Config
+from experiments.training_run import from_config
+from experiments.training_run.config import Config
 from lstm_flax import training
 from lstm_flax.augment import distort
 

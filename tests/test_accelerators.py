@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import from_config
 from experiments.benchmark import tpu
-from experiments.config import Config
+from experiments.training_run import from_config
+from experiments.training_run.config import Config
 from lstm_flax import training
 from lstm_flax.augment import distort
 

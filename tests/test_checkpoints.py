@@ -35,7 +35,7 @@ def restored_result(directory):
         steps = checkpoints.result_steps(manager)
         restored, damages = checkpoints.restore_first(manager, make_state(0), steps)
     # Whatever it is, it is as it was saved.
-    assert restored.about == {"n": restored.step}
+    assert restored.metadata == {"n": restored.step}
     expected = make_state(restored.step, restored.step)
     jax.tree.map(np.testing.assert_array_equal, restored.tree, expected)
     return restored.step, [str(damage) for damage in damages]
@@ -63,13 +63,13 @@ def test_arrays_and_json_values_come_back_exactly(tmp_path):
         "count": jnp.int32(-3),
         "wide": jax.random.normal(jax.random.key(0), (100, 200)),
     }
-    about = {"seed": 1, "records": [{"test_loss": 0.1 + 0.2}], "seconds": 1e-300}
+    metadata = {"seed": 1, "records": [{"test_loss": 0.1 + 0.2}], "seconds": 1e-300}
     with checkpoints.open_checkpoints(tmp_path) as manager:
-        checkpoints.save(manager, 7, tree, about)
+        checkpoints.save(manager, 7, tree, metadata)
     with checkpoints.open_checkpoints(tmp_path, read_only=True) as manager:
         restored = checkpoints.restore(manager, jax.tree.map(jnp.zeros_like, tree), 7)
     jax.tree.map(np.testing.assert_array_equal, restored.tree, tree)
-    assert restored.about == about
+    assert restored.metadata == metadata
 
 
 def test_a_state_may_be_donated_while_it_is_being_saved(tmp_path):

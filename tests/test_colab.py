@@ -16,8 +16,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from small_runs import SMALL, read_eval, read_lines
 
-from experiments.config import Config
 from experiments.read_digit.__main__ import Options
+from experiments.training_run.config import Config
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "experiments" / "colab.ipynb"

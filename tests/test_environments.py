@@ -18,10 +18,10 @@ from small_runs import command as command_of_small_run
 
 from experiments import mnist_lstm
 from experiments.__main__ import list_experiments
-from experiments.command import command
-from experiments.config import Config
-from experiments.run_files import replacing
-from experiments.usage import UsageError, command_line, counted, read_flags
+from experiments.harness.command import command
+from experiments.harness.output_files import replacing
+from experiments.harness.usage import UsageError, command_line, counted, read_flags
+from experiments.training_run.config import Config
 
 COMMANDS = [name.removeprefix("experiments.") for name in list_experiments()]
 TINY_SIZES = '{"batch": 8, "steps": 4, "hidden": 16, "layers": 1}'

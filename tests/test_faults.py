@@ -10,7 +10,8 @@ import orbax.checkpoint as ocp
 import pytest
 from small_runs import SMALL, command, read_eval, start, without_times
 
-from experiments import predict, run_files
+from experiments.predict import __main__ as predict
+from experiments.training_run import run_files
 
 FLAGS = [*SMALL, "--epochs", 3]
 

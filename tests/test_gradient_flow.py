@@ -22,7 +22,7 @@ from experiments.gradient_flow.models import (
     rnns,
     start,
 )
-from experiments.short_training import Recipe
+from experiments.harness.short_training import Recipe
 from lstm_flax import Keys, training
 from lstm_flax.data import Split
 

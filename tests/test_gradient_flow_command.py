@@ -6,7 +6,7 @@ import pytest
 from printed import read_csv, table_rows
 
 from experiments.gradient_flow.__main__ import main
-from experiments.usage import install_command
+from experiments.harness.usage import install_command
 
 SMALL = [
     "--hidden-size", "4", "--images", "20", "--test-images", "10", "--batch-size", "10",

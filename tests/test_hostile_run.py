@@ -17,8 +17,9 @@ import tensorstore as ts
 from PIL import Image
 from small_runs import SMALL
 
-from experiments import mnist_lstm, predict
+from experiments import mnist_lstm
 from experiments.draw.__main__ import main as draw_main
+from experiments.predict import __main__ as predict
 from experiments.read_digit.__main__ import main as read_digit_main
 from experiments.report.__main__ import main as report_main
 
@@ -333,15 +334,16 @@ OPENERS = (
     "unlink", "rmtree", "os.replace",
 )  # fmt: skip
 ELSEWHERE = {
-    "streams.py": {"os.open", "open"},  # the null device
-    "processes.py": {"open"},  # the same
-    "environment.py": {"info.read_text"},  # the processor's name
+    "harness/streams.py": {"os.open", "open"},  # the null device
+    "training_run/processes.py": {"open"},  # the same
+    "training_run/environment.py": {"info.read_text"},  # the processor's name
     "__main__.py": {"Path(spec.origin).read_text"},  # the experiments' own sources
-    "digit_image.py": {"Image.open"},  # bytes that were read
+    "predict/digit_image.py": {"Image.open"},  # bytes that were read
     "report/page.py": {"files(__package__).joinpath('page.html').read_text"},  # its template
-    # Files that `replacing` hands out, to be written.
+    # `replacing`, and the files that it hands out to be written.
+    "harness/output_files.py": {"os.replace", "Path(name).unlink"},
     "report/__main__.py": {"new.write_text"},
-    "plots.py": {"table.open"},
+    "harness/plots.py": {"table.open"},
     "accuracy.py": {"table_file.open"},
 }
 """What opens files that are no run's, or not by their names, by module."""
@@ -354,7 +356,8 @@ def test_one_module_opens_and_replaces_the_files_of_a_run():
         name: calls
         for name, path in modules.items()
         # The benchmark's files are its own, of a moment before.
-        if name != "run_files.py" and not name.startswith("benchmark/") and (calls := openers(path))
+        if not name.startswith(("training_run/run_files.py", "benchmark/"))
+        and (calls := openers(path))
     }
     assert found == ELSEWHERE
     assert openers(experiments.parent / "lstm_flax" / "checkpoints.py") == {

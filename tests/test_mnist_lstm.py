@@ -4,14 +4,12 @@ import json
 import re
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from small_runs import SMALL, command, read_eval, read_lines, start
 
 from experiments import mnist_lstm
-from experiments.console import Progress, duration
+from experiments.training_run.console import Progress, duration
 
 
 def test_train_evaluate_and_run_again(run, tmp_path):
@@ -322,24 +320,3 @@ def test_help_gives_the_recipes_own_defaults(run):
         assert status == 0
         assert "(default: 20)" in output
     assert "(default: 20)" not in run("--help")[1]
-
-
-def test_the_library_trains_without_tfds():
-    """The model, training and checkpoints must be of use where tfds is not installed."""
-    code = (
-        "import sys, lstm_flax, lstm_flax.checkpoints; print('tensorflow_datasets' in sys.modules)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert result.stdout == "False\n"
-
-
-def test_no_file_of_the_project_is_imported_against_the_one_direction():
-    """Leaves import neither training nor each other; the library imports no experiment."""
-    root = Path(mnist_lstm.__file__).parents[1]
-    for path in (root / "lstm_flax").rglob("*.py"):
-        source = path.read_text()
-        assert "experiments" not in source.replace("Experiments", ""), path
-        if path.parent.name in ("models", "data") or path.stem == "checkpoints":
-            assert "lstm_flax.training" not in source, path

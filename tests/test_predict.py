@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from experiments.digit_image import DigitImageError, as_mnist, read_digit_image
-from experiments.predict import main
-from experiments.restored import classify, restore_run
+from experiments.predict.__main__ import main
+from experiments.predict.digit_image import DigitImageError, as_mnist, read_digit_image
+from experiments.training_run.restored import classify, restore_run
 from lstm_flax import data
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from small_runs import SMALL, finish, read_eval, read_lines, read_until, start, without_times
 
-from experiments.stopping import Stopped, StopRequests
+from experiments.harness.stopping import Stopped, StopRequests
 
 FLAGS = ["--epochs", "30", "--dropout", "0.1", "--checkpoint-every", "5"]
 

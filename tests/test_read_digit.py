@@ -7,7 +7,7 @@ from printed import read_csv, table_rows
 from small_runs import SMALL, read_eval
 
 from experiments import mnist_lstm
-from experiments.config import Config
+from experiments.harness.usage import install_command
 from experiments.read_digit.__main__ import main
 from experiments.read_digit.reading import (
     answers,
@@ -18,8 +18,8 @@ from experiments.read_digit.reading import (
     settled_row,
     unit_order,
 )
-from experiments.restored import RestoredRun, classify, restore_run
-from experiments.usage import install_command
+from experiments.training_run.config import Config
+from experiments.training_run.restored import RestoredRun, classify, restore_run
 from lstm_flax import LSTMClassifier, data
 from lstm_flax.training import to_floats
 

@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from experiments import run_files
-from experiments.config import Config, of_the_run, stored_config
-from experiments.digit_image import FORMATS, DigitImageError, read_digit_image
-from experiments.position import Saved
+from experiments.predict.digit_image import FORMATS, DigitImageError, read_digit_image
 from experiments.report import recorded
-from experiments.run_files import RunFilesError
+from experiments.training_run import run_files
+from experiments.training_run.config import Config, of_the_run, stored_config
+from experiments.training_run.loop_state import Saved
+from experiments.training_run.run_files import RunFilesError
 from lstm_flax import checkpoints
 from lstm_flax.checkpoints import DamagedError
 from lstm_flax.data.builders import read_idx
@@ -121,8 +121,8 @@ def test_a_checkpoints_description_is_one_or_is_damaged(tmp_path_factory, values
         values = values | {"sha256": hashlib.sha256(text).hexdigest()}
     (directory / "3" / "about" / "metadata").write_text(json.dumps(values))
     with contextlib.suppress(DamagedError):
-        description = checkpoints.read_about(directory, 3)
-        assert checkpoints.merit(description["metrics"], 3) >= (-np.inf, 3)
+        description = checkpoints.read_description(directory, 3)
+        assert checkpoints.best_fn(description["metrics"], 3) >= (-np.inf, 3)
         saved = Saved.of(3, description["about"])
         assert sum(record["seconds"] for record in saved.records) >= 0
 

@@ -13,8 +13,8 @@ import pytest
 from small_runs import SMALL, read_eval, read_lines
 
 from experiments import mnist_lstm
+from experiments.harness.usage import install_command
 from experiments.report.__main__ import main
-from experiments.usage import install_command
 
 STRANGE = "_<b>&amp;'\"{{ 7*7 }} $x^2$"
 

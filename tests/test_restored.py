@@ -6,9 +6,10 @@ import shutil
 import pytest
 from small_runs import SMALL, read_eval, read_lines
 
-from experiments import mnist_lstm, run_files
-from experiments.restored import restore_run
-from experiments.run_files import RunFilesError, params_sha256
+from experiments import mnist_lstm
+from experiments.training_run import run_files
+from experiments.training_run.restored import restore_run
+from experiments.training_run.run_files import RunFilesError, params_sha256
 from lstm_flax.checkpoints import CheckpointError
 
 

@@ -12,10 +12,10 @@ from small_runs import SMALL, read_eval
 from small_runs import read_lines as read_metrics
 
 from experiments import mnist_lstm
-from experiments.board import RUNNING, TAGS, Board, cut_after, event_files
-from experiments.config import Config
-from experiments.run_files import RunFilesError, environment_path, read_lines
-from experiments.usage import install_command
+from experiments.harness.usage import install_command
+from experiments.training_run.board import RUNNING, TAGS, Board, cut_after, event_files
+from experiments.training_run.config import Config
+from experiments.training_run.run_files import RunFilesError, environment_path, read_lines
 
 FLAGS = [
     "--epochs", "2", "--validation-size", "400", "--no-augment", "--tensorboard",

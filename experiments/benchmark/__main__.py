@@ -24,14 +24,13 @@ from experiments.benchmark import report, tpu
 from experiments.benchmark.cases import QUICK, STAR, Case, parse_cases
 from experiments.benchmark.measure import MODES, Mode, PeerError, Settings, measure
 from experiments.benchmark.peers import OURS, PEERS
-from experiments.command import command
-from experiments.run_files import replacing
-from experiments.usage import (
+from experiments.harness.command import command
+from experiments.harness.output_files import replacing
+from experiments.harness.usage import (
     DatasetName,
     UsageError,
-    check_at_least,
+    check_numbers,
     check_packages,
-    check_positive,
     counted,
     read_flags,
     tell,
@@ -99,8 +98,7 @@ def check(options: Options) -> None:
     Raises:
         UsageError: a flag's value can't be used.
     """
-    check_at_least(options, 1, "rounds", "job_rounds", "max_epochs")
-    check_positive(options, "seconds")
+    check_numbers(options)
     if unknown := [peer for peer in options.peers if peer not in PEERS]:
         raise UsageError(f"--peers: {unknown[0]!r} is none of {', '.join(PEERS)}")
     if options.quick and options.cases:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.markdown import table
+from experiments.harness.markdown import table
 
 READY = {"lstm_flax": "compiled", "torch": "first step"}
 """How the line begins that ends a start. This project prints it before its first step, right after

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import environment as machine
 from experiments.benchmark.cases import AXES, CENTRE, as_json, flops
 from experiments.benchmark.measure import MODES, Measurement, Results
 from experiments.benchmark.peers import OURS
-from experiments.markdown import table
+from experiments.harness.markdown import table
+from experiments.training_run import environment as machine
 
 VERB = {"infer": "inference", "train": "a train step"}
 MARKERS = "os^Dvx"  # a peer's, so that the plot reads in black and white
@@ -144,7 +144,7 @@ def environment() -> dict[str, Any]:
 
 def plot(results: Results, path: Path) -> None:
     """Draw the ratios along each arm of the star, one line a peer and mode; needs matplotlib."""
-    from experiments import plots
+    from experiments.harness import plots
 
     found = ratios(results.measurements)
     peers = list(dict.fromkeys(peer for _, _, peer in found))

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from experiments.benchmark.cases import Case, flops
-from experiments.markdown import table
-from experiments.usage import UsageError
+from experiments.harness.markdown import table
+from experiments.harness.usage import UsageError
 
 TOPOLOGIES = {"v5e": "v5e:1x1", "v6e": "v6e:1x1"}
 # Of a chip: bfloat16 FLOPs and bytes of HBM, a second.

@@ -23,7 +23,7 @@ import numpy as np
 from experiments.benchmark.cases import Case
 from experiments.benchmark.framework import Call, Framework, Unavailable
 from experiments.benchmark.peers import Peer, open_peer
-from experiments.command import why_no_platform
+from experiments.harness.command import why_no_platform
 
 PRODUCTS = [(2048, 2048, 2048), (7168, 512, 1024)]
 """Rows, inner size and columns of the products that the peak is taken from; a GPU needs more."""

@@ -20,25 +20,23 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments import markdown
-from experiments.command import command
 from experiments.depth.measure import Row, first_of_each_class, step_seconds, t_interval
 from experiments.depth.parameters import KINDS, count, formula, make_model, total
-from experiments.short_training import Recipe, accuracy, on_device, train
-from experiments.usage import (
+from experiments.harness import markdown
+from experiments.harness.command import command
+from experiments.harness.short_training import Recipe, accuracy, on_device, train
+from experiments.harness.study import Figures, read_splits
+from experiments.harness.usage import (
     DataFlags,
     UsageError,
-    check_at_least,
     check_fills_batch,
-    check_packages,
-    check_positive,
+    check_numbers,
     check_seeds,
     counted,
-    make_folder,
     read_flags,
     tell,
 )
-from lstm_flax import data, training
+from lstm_flax import training
 from lstm_flax.data import DataError
 from lstm_flax.training import Batch, Keys, create_train_state
 
@@ -72,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison from a command line; returns the exit status."""
     options = read_flags(Options, argv, name="depth", description=__doc__)
     check(options)
-    run(options)
+    run(options, Figures(options.figures))
     return 0
 
 
@@ -80,27 +78,23 @@ def check(options: Options) -> None:
     """Refuse at once what would be wrong only after all is computed.
 
     Raises:
-        UsageError: a flag's value can't be used, or matplotlib is missing.
+        UsageError: a flag's value can't be used.
     """
-    check_at_least(options, 1, "hidden_size", "epochs", "batch_size", "train_images", "rounds")
+    check_numbers(options)
     if not options.layers or min(options.layers) < 1:
         raise UsageError("--layers must be numbers of at least 1")
     check_seeds(options.seeds, least=2)  # one alone has no interval
-    check_positive(options, "learning_rate")
-    check_packages("figures", "matplotlib")
-    make_folder(options.figures, "figures")
 
 
-def run(options: Options) -> None:
+def run(options: Options, drawn: Figures) -> None:
     """Train, time and count all models; print and draw."""
     from experiments.depth import figures  # it needs matplotlib
 
-    builder = data.prepare(options.dataset, options.data_dir, options.manual_dir)
-    test = data.read_split(builder, "test")
-    chosen = first_of_each_class(data.read_split(builder, "train"), options.train_images)
+    dataset, splits = read_splits(options, options.dataset, "train", "test")
+    test, chosen = splits["test"], first_of_each_class(splits["train"], options.train_images)
     check_fills_batch(options.batch_size, len(chosen.labels))
     print(
-        f"{builder.name}: {len(chosen.labels):,} training and {len(test.labels):,} test images; "
+        f"{dataset}: {len(chosen.labels):,} training and {len(test.labels):,} test images; "
         f"{counted(options.hidden_size, 'unit')}, {counted(options.epochs, 'epoch')}, "
         f"{counted(len(options.seeds), 'seed')}\n",
         flush=True,
@@ -108,14 +102,12 @@ def run(options: Options) -> None:
     rows = compare(options, on_device(chosen), on_device(test))
     print(table(rows, options.hidden_size))
 
-    test_images = f"{len(test.labels):,} images of {builder.name}"
-    figures.draw_results(rows, test_images, options.figures / "depth.png")
+    test_images = f"{len(test.labels):,} images of {dataset}"
+    figures.draw_results(rows, test_images, drawn.path("depth.png"))
     deepest = max(options.layers)
     places = count("LSTM", deepest, options.hidden_size)
-    figures.draw_parameters(
-        rows, places, options.hidden_size, options.figures / "depth_parameters.png"
-    )
-    print(f"\nfigures in {options.figures}: depth.png, depth_parameters.png; data as .csv")
+    figures.draw_parameters(rows, places, options.hidden_size, drawn.path("depth_parameters.png"))
+    print(f"\n{drawn}")
 
 
 def compare(options: Options, train_set: Batch, test_set: Batch) -> list[Row]:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import plots
 from experiments.depth.measure import Row, t_interval
 from experiments.depth.parameters import FEATURES, KINDS, PARTS, formula
+from experiments.harness import plots
 
 HATCHES = ("", "///", "...", "xxx")
 """One for each part of the parameters, beside its colour."""

@@ -10,7 +10,7 @@ import numpy as np
 from flax.training.train_state import TrainState
 from scipy import stats
 
-from experiments.short_training import Recipe
+from experiments.harness.short_training import Recipe
 from lstm_flax import training
 from lstm_flax.data import Split
 from lstm_flax.training import Batch, Keys, Metrics

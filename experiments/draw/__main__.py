@@ -16,10 +16,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.command import command
-from experiments.restored import RestoredRun, restore_row_reader
-from experiments.run_files import RunFilesError
-from experiments.usage import UsageError, check_packages, printable, read_flags
+from experiments.harness.command import command
+from experiments.harness.usage import UsageError, check_packages, printable, read_flags
+from experiments.training_run.restored import RestoredRun, restore_row_reader
+from experiments.training_run.run_files import RunFilesError
 from lstm_flax.checkpoints import CheckpointError
 
 ANY_HOST = ("0.0.0.0", "")

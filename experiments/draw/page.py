@@ -9,12 +9,12 @@ import numpy as np
 from nicegui import events, run, ui
 from PIL import Image
 
-from experiments import plots
-from experiments.digit_image import as_mnist
 from experiments.draw.drawing import SIDE, Drawing
+from experiments.harness import plots
+from experiments.predict.digit_image import as_mnist
 from experiments.read_digit.figures import CELL_LIMIT, SHOWN
 from experiments.read_digit.reading import answers, gates_by_row, probabilities_by_row, unit_order
-from experiments.restored import RestoredRun
+from experiments.training_run.restored import RestoredRun
 
 NOTHING = "nothing yet"
 """What stands for an answer while the paper is blank."""

@@ -28,26 +28,24 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from experiments import markdown
-from experiments.command import command
 from experiments.gradient_flow.clipping import CLIP_NORM, Trace, trace, watched_descent
 from experiments.gradient_flow.flow import Flow, before_and_after
 from experiments.gradient_flow.memory import BLANK_ROWS, accuracies
 from experiments.gradient_flow.models import all_variants, as_pixels, as_rows, rnns
-from experiments.short_training import Recipe
-from experiments.usage import (
+from experiments.harness import markdown
+from experiments.harness.command import command
+from experiments.harness.short_training import Recipe
+from experiments.harness.study import Figures, read_splits
+from experiments.harness.usage import (
     DataFlags,
-    check_at_least,
     check_fills_batch,
-    check_packages,
-    check_positive,
+    check_numbers,
     check_seeds,
     counted,
-    make_folder,
     read_flags,
     tell,
 )
-from lstm_flax import Keys, data
+from lstm_flax import Keys
 from lstm_flax.data import DataError, Split
 
 
@@ -89,61 +87,42 @@ class Options(DataFlags):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts from a command line; returns the exit status."""
     options = read_flags(Options, argv, name="gradient_flow", description=__doc__)
-    check(options)
-    run(options)
+    check_numbers(options, "seed")
+    check_seeds(options.seeds)
+    run(options, Figures(options.figures))
     return 0
 
 
-def check(options: Options) -> None:
-    """Refuse at once what would only fail later.
-
-    Raises:
-        UsageError: a flag's value can't be used, or matplotlib is missing.
-    """
-    for field in dataclasses.fields(options):
-        if field.type is int:
-            check_at_least(options, 0 if field.name == "seed" else 1, field.name)
-        if field.type is float:
-            check_positive(options, field.name)
-    check_seeds(options.seeds)
-    check_packages("figures", "matplotlib")
-    make_folder(options.figures, "figures")
-
-
-def run(options: Options) -> None:
+def run(options: Options, drawn: Figures) -> None:
     """Measure, draw and print each part."""
     from experiments.gradient_flow import figures  # matplotlib is not always installed
 
     splits = load_splits(options)
-    drawn = []
     if options.part in ("all", "flow"):
         tell("part flow: gradients before and after training")
         flows = measure_flow(options, splits)
         figures.draw_flow(
             [flow for flow in flows if not flow.is_trained],
             "At initialisation: how much of the last step's gradient reaches step t",
-            options.figures / "gradient_flow.png",
+            drawn.path("gradient_flow.png"),
         )
         figures.draw_flow(
             [flow for flow in flows if flow.is_trained],
             "After training: how much of the last step's gradient reaches step t",
-            options.figures / "gradient_flow_trained.png",
+            drawn.path("gradient_flow_trained.png"),
         )
         print(flow_table(flows), flush=True)
-        drawn += ["gradient_flow.png", "gradient_flow_trained.png"]
     if options.part in ("all", "clipping"):
         tell("part clipping: training with and without it")
         traces = measure_clipping(options, splits)
-        figures.draw_clipping(traces, options.figures / "clipping.png")
+        figures.draw_clipping(traces, drawn.path("clipping.png"))
         print(clipping_table(traces), flush=True)
-        drawn.append("clipping.png")
     if options.part in ("all", "memory"):
         tell(f"part memory: training with {counted(len(options.seeds), 'seed')}")
         found = measure_memory(options, splits)
-        figures.draw_memory(found, options.figures / "memory.png")
+        figures.draw_memory(found, drawn.path("memory.png"))
         print(memory_table(found), flush=True)
-        drawn.append("memory.png")
-    print(f"figures in {options.figures}: {', '.join(drawn)}; each with its data as .csv")
+    print(drawn)
 
 
 def load_splits(options: Options) -> dict[str, Split]:
@@ -153,10 +132,10 @@ def load_splits(options: Options) -> dict[str, Split]:
         DataError: they can't be had.
         UsageError: they do not fill a batch.
     """
-    builder = data.prepare(options.dataset, options.data_dir, options.manual_dir)
+    _, whole = read_splits(options, options.dataset, "train", "test")
     splits = {
-        "train": first(data.read_split(builder, "train"), options.images),
-        "test": first(data.read_split(builder, "test"), options.test_images),
+        "train": first(whole["train"], options.images),
+        "test": first(whole["test"], options.test_images),
     }
     check_fills_batch(options.batch_size, len(splits["train"].labels))
     return splits

@@ -1,4 +1,4 @@
-"""The figures; see `experiments.plots` for their look."""
+"""The figures; see `experiments.harness.plots` for their look."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments import plots
 from experiments.gradient_flow.clipping import CLIP_NORM, Trace
 from experiments.gradient_flow.flow import Flow
 from experiments.gradient_flow.models import all_variants
+from experiments.harness import plots
 
 LABELS = [variant.label for variant in all_variants(hidden_size=1)]
 """A variant has the same look in all figures."""

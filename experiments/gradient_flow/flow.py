@@ -16,7 +16,7 @@ import optax
 from flax.training.train_state import TrainState
 
 from experiments.gradient_flow.models import Variant, start
-from experiments.short_training import Recipe, accuracy, train
+from experiments.harness.short_training import Recipe, accuracy, train
 from lstm_flax import (
     Keys,
     LSTMCell,

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from experiments import short_training
 from experiments.gradient_flow.models import Variant, as_rows, start
-from experiments.short_training import Recipe, train
+from experiments.harness import short_training
+from experiments.harness.short_training import Recipe, train
 from lstm_flax import Keys
 from lstm_flax.data import Split
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from flax.training.train_state import TrainState
 
-from experiments.short_training import on_device
+from experiments.harness.short_training import on_device
 from lstm_flax import Keys, LSTMStack, RNNStack, SequenceClassifier, training
 from lstm_flax.data import Split
 from lstm_flax.training import Batch

@@ -14,7 +14,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.command import command
+from experiments.harness.command import command
+from experiments.harness.study import Figures, read_splits
+from experiments.harness.usage import (
+    DataPlaces,
+    UsageError,
+    check_numbers,
+    check_packages,
+    printable,
+    read_flags,
+)
 from experiments.read_digit.reading import (
     find_mistakes,
     gates_by_row,
@@ -22,18 +31,8 @@ from experiments.read_digit.reading import (
     report,
     settled_row,
 )
-from experiments.restored import RestoredRun, classify, restore_row_reader
-from experiments.run_files import RunFilesError, figures_path
-from experiments.usage import (
-    DataPlaces,
-    UsageError,
-    check_at_least,
-    check_packages,
-    make_folder,
-    printable,
-    read_flags,
-)
-from lstm_flax import data
+from experiments.training_run.restored import RestoredRun, classify, restore_row_reader
+from experiments.training_run.run_files import RunFilesError, figures_path
 from lstm_flax.checkpoints import CheckpointError
 from lstm_flax.data import DataError, Split
 
@@ -56,40 +55,31 @@ class Options(DataPlaces):
 def main(argv: Sequence[str] | None = None) -> int:
     """Read a digit from a command line; returns the exit status."""
     options = read_flags(Options, argv, name="read_digit", description=__doc__)
-    check(options)
+    check_numbers(options, "index", "mistakes")
+    check_packages("figures", "matplotlib")  # now, and not once the run is restored
     run(options)
     return 0
-
-
-def check(options: Options) -> None:
-    """Refuse at once what would be wrong only after the run is restored.
-
-    Raises:
-        UsageError: a flag's value can't be used, or matplotlib is missing.
-    """
-    check_at_least(options, 0, "index", "mistakes")
-    check_packages("figures", "matplotlib")
 
 
 def run(options: Options) -> None:
     """Restore the run, read the digit, find the mistakes; print and draw."""
     trained = restore_row_reader(options.workdir)
-    dataset = trained.config.dataset
-    test = data.read_split(data.prepare(dataset, options.data_dir, options.manual_dir), "test")
+    dataset, splits = read_splits(options, trained.config.dataset, "test")
+    test = splits["test"]
     if options.index >= len(test.labels):
         raise UsageError(
             f"--index must be less than {len(test.labels)}, the number of test images of "
             f"{dataset}, but is {options.index}"
         )
-    folder = make_folder(options.figures or figures_path(options.workdir), "figures")
-    drawn = show_reading(trained, test, options.index, folder)
+    drawn = Figures(options.figures or figures_path(options.workdir))
+    show_reading(trained, test, options.index, drawn)
     if options.mistakes:
-        drawn += show_mistakes(trained, test, options.mistakes, folder)
-    print(f"\nfigures in {printable(folder)}: {', '.join(drawn)}; each with its data as .csv")
+        show_mistakes(trained, test, options.mistakes, drawn)
+    print(f"\n{drawn}")
 
 
-def show_reading(trained: RestoredRun, test: Split, index: int, folder: Path) -> list[str]:
-    """Print and draw how a test image is read; returns the names of the figures."""
+def show_reading(trained: RestoredRun, test: Split, index: int, drawn: Figures) -> None:
+    """Print and draw how a test image is read."""
     from experiments.read_digit import figures  # it needs matplotlib
 
     image, label = test.images[index], int(test.labels[index])
@@ -99,13 +89,12 @@ def show_reading(trained: RestoredRun, test: Split, index: int, folder: Path) ->
     settled = settled_row(probabilities, label)
     print(f"{title}; read by step {trained.step} of {printable(trained.config.workdir)}\n")
     print(report(probabilities, label))
-    figures.draw_reading(image, label, probabilities, settled, title, folder / "read_digit.png")
-    figures.draw_gates(image, layers, settled, title, folder / "gates.png")
-    return ["read_digit.png", "gates.png"]
+    figures.draw_reading(image, label, probabilities, settled, title, drawn.path("read_digit.png"))
+    figures.draw_gates(image, layers, settled, title, drawn.path("gates.png"))
 
 
-def show_mistakes(trained: RestoredRun, test: Split, at_most: int, folder: Path) -> list[str]:
-    """Print how many test images are read wrongly, draw the worst; returns the figures' names."""
+def show_mistakes(trained: RestoredRun, test: Split, at_most: int, drawn: Figures) -> None:
+    """Print how many test images are read wrongly, and draw the worst."""
     from experiments.read_digit import figures  # it needs matplotlib
 
     mistakes = find_mistakes(classify(trained, test.images), test.labels)
@@ -113,11 +102,10 @@ def show_mistakes(trained: RestoredRun, test: Split, at_most: int, folder: Path)
     are = "is" if wrong == 1 else "are"
     summary = f"{wrong:,} of {len(test.labels):,} test images {are} read wrongly"
     print(f"\n{summary}")
-    if not mistakes.image.size:
-        return []
-    title = f"{trained.config.dataset}: {summary}; the most confident mistakes"
-    figures.draw_mistakes(test.images, mistakes.first(at_most), title, folder / "mistakes.png")
-    return ["mistakes.png"]
+    if mistakes.image.size:
+        title = f"{trained.config.dataset}: {summary}; the most confident mistakes"
+        worst = mistakes.first(at_most)
+        figures.draw_mistakes(test.images, worst, title, drawn.path("mistakes.png"))
 
 
 if __name__ == "__main__":

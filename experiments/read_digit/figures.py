@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import plots
+from experiments.harness import plots
 from experiments.read_digit.reading import Mistakes, unit_order
 
 INK = "gray_r"

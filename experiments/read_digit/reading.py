@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.markdown import table
+from experiments.harness.markdown import table
 from lstm_flax import training
 from lstm_flax.models import SequenceClassifier
 

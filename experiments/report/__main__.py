@@ -15,11 +15,12 @@ from pathlib import Path
 
 import tyro
 
-from experiments.command import command
+from experiments.harness.command import command
+from experiments.harness.output_files import replacing
+from experiments.harness.usage import DataPlaces, UsageError, check_packages, printable, read_flags
 from experiments.report.gather import gather, read_test_sets
-from experiments.restored import read_config
-from experiments.run_files import RunFilesError, replacing, report_path, writing
-from experiments.usage import DataPlaces, UsageError, check_packages, printable, read_flags
+from experiments.training_run.restored import read_config
+from experiments.training_run.run_files import RunFilesError, report_path, writing
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.image import imsave
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from experiments import plots
+from experiments.harness import plots
 
 Record = dict[str, Any]
 

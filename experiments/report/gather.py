@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import from_config
-from experiments.config import Config, of_the_run
 from experiments.read_digit.reading import Mistakes, find_mistakes
 from experiments.report import recorded
-from experiments.restored import classify, read_config, restore_run
+from experiments.training_run import from_config
+from experiments.training_run.config import Config, of_the_run
+from experiments.training_run.restored import classify, read_config, restore_run
 from lstm_flax import data
 from lstm_flax.checkpoints import CheckpointError
 from lstm_flax.data import DataError, Split

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
-from experiments.console import accuracy_interval
+from experiments.harness.usage import counted
 from experiments.report import figures
 from experiments.report.gather import Gathered, Result, Score, differing_flags
-from experiments.usage import counted
+from experiments.training_run.console import accuracy_interval
 
 MISTAKES = 12
 """How many of a run's mistakes are shown."""

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import run_files
-from experiments.config import MOST_EPOCHS
-from experiments.run_files import RunFilesError
+from experiments.training_run import run_files
+from experiments.training_run.config import MOST_EPOCHS
+from experiments.training_run.run_files import RunFilesError
 
 MOST_STARTS, MOST_FACTS = 1_000, 100
 """How often a run can have been started, and how many things are told about the environment."""

@@ -236,7 +236,7 @@ class LSTMStack(RecurrentStack):
         deeper = [self.hidden_size * (1 + self.bidirectional)] if self.num_layers > 1 else []
         for size in (features, *deeper):
             sample = jax.ShapeDtypeStruct((batch, time, size), x.dtype)
-            reason = KERNELS[platform].why_not("forward", jax.eval_shape(self._sample, sample))
+            reason = KERNELS[platform]().why_not("forward", jax.eval_shape(self._sample, sample))
             if reason:
                 return reason
         return None

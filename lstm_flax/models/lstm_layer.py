@@ -26,7 +26,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lstm_flax.models import native, pallas_tpu
+from lstm_flax.models import native
 
 logger = logging.getLogger("lstm_flax")
 
@@ -299,25 +299,22 @@ def _result_types(definition: Callable, avals: tuple, static: tuple, mesh: Any) 
     return list(jax.make_jaxpr(partial(definition, **dict(static)))(*avals).out_avals)
 
 
-def register(kernels: Kernels, platform: str | None = None) -> None:
-    """Lower the primitives to these kernels, on their own platform if no other is given."""
+def register(platform: str, load: Callable[[], Kernels]) -> None:
+    """Lower the primitives for a platform to kernels, which are loaded when the first one is."""
     for definition, primitive in PRIMITIVES.items():
-        if hasattr(kernels, definition.__name__):
-            lower = partial(_lower, definition, kernels)
-            mlir.register_lowering(primitive, lower, platform=platform or kernels.PLATFORM)
+        mlir.register_lowering(primitive, partial(_lower, definition, load), platform=platform)
 
 
-def _lower(definition, kernels, ctx, *args, at_any_size, **static):
-    part = definition.__name__
-    is_export = ctx.module_context.lowering_parameters.for_export
-    if is_export and not kernels.CAN_BE_EXPORTED:
+def _lower(definition, load, ctx, *args, at_any_size, **static):
+    part, kernels, reason = definition.__name__, load(), None
+    if ctx.module_context.lowering_parameters.for_export and not kernels.CAN_BE_EXPORTED:
         reason = "an export promises to run elsewhere"
-    else:
+    elif hasattr(kernels, part):
         reason = kernels.why_not(part, ctx.avals_in)
     if reason:
         logger.info("no kernel computes %s for %s: %s", part, kernels.PLATFORM, reason)
     takes_kernel = not reason and (at_any_size or not kernels.is_slower(part, ctx.avals_in))
-    chosen = getattr(kernels, part) if takes_kernel else definition
+    chosen = getattr(kernels, part, definition) if takes_kernel else definition
     return mlir.lower_fun(chosen, multiple_results=True)(ctx, *args, **static)
 
 
@@ -373,9 +370,24 @@ PRIMITIVES = {
     weight_gradients: weight_gradients_p,
     input_gradient: input_gradient_p,
 }
-KERNELS: dict[str, Kernels] = {kernels.PLATFORM: kernels for kernels in (native, pallas_tpu)}
-for of_platform in KERNELS.values():
-    register(of_platform)
+
+
+def _native() -> Kernels:
+    return native
+
+
+def _pallas_tpu() -> Kernels:
+    # Here, since Pallas takes longer to import than all of this library.
+    from lstm_flax.models import pallas_tpu
+
+    return pallas_tpu
+
+
+KERNELS: dict[str, Callable[[], Kernels]] = {"cpu": _native, "tpu": _pallas_tpu}
+"""What loads the kernels for a platform."""
+
+for of_platform, load_kernels in KERNELS.items():
+    register(of_platform, load_kernels)
 
 
 def _linearize(operands, operands_dot, *, keep, **static):

@@ -90,7 +90,7 @@ def _library() -> ctypes.CDLL:
     if sys.platform == "win32":
         raise RuntimeError("there is no kernel for Windows")
     command = _command()
-    parts = (*command, _processor(), jaxlib.__version__)
+    parts = (*command[:-1], _processor(), jaxlib.__version__)  # wherever the source lies
     code = b"".join(source.read_bytes() for source in SOURCES)
     key = hashlib.sha256(code + "\0".join(parts).encode()).hexdigest()[:16]
     folder = cache_folder()

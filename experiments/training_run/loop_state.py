@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
 
-from experiments import run_files
-from experiments.config import MOST_EPOCHS, Config, differences, of_the_run
-from experiments.console import warn
-from experiments.usage import UsageError
+from experiments.harness.usage import UsageError
+from experiments.training_run import run_files
+from experiments.training_run.config import MOST_EPOCHS, Config, differences, of_the_run
+from experiments.training_run.console import warn
 from lstm_flax import checkpoints, training
 from lstm_flax.training import Batch, Keys, Metrics
 
@@ -23,7 +23,7 @@ class Run(NamedTuple):
     manager: ocp.CheckpointManager
 
 
-class Position(NamedTuple):
+class LoopState(NamedTuple):
     """How far a run is; with the `Run`, all that its future depends on."""
 
     state: TrainState
@@ -32,12 +32,12 @@ class Position(NamedTuple):
     training_seconds: float = 0.0  # of the epoch so far
 
     @classmethod
-    def at_start(cls, state: TrainState) -> "Position":
+    def at_start(cls, state: TrainState) -> "LoopState":
         """Of a run that has taken no step."""
         return cls.at_start_of_epoch(state, [])
 
     @classmethod
-    def at_start_of_epoch(cls, state: TrainState, records: list[dict[str, Any]]) -> "Position":
+    def at_start_of_epoch(cls, state: TrainState, records: list[dict[str, Any]]) -> "LoopState":
         """Of a run between two epochs."""
         return cls(state, training.replicate(Metrics.zero()), records)
 
@@ -75,14 +75,14 @@ class Saved(NamedTuple):
     training_seconds: float
 
     @classmethod
-    def of(cls, step: int, about: dict[str, Any]) -> "Saved":
+    def of(cls, step: int, metadata: dict[str, Any]) -> "Saved":
         """Of the checkpoint of a step, which may be anybody's.
 
         Raises:
             DamagedError: no run tells such things.
         """
         try:
-            saved = cls(**about)
+            saved = cls(**metadata)
             is_ours = (
                 _is_number(saved.config["epochs"], 1, MOST_EPOCHS)
                 and _is_number(saved.training_seconds)
@@ -120,7 +120,7 @@ def check_epochs(config: Config) -> None:
     planned, done = 0, len(run_files.read_lines(run_files.metrics_path(config.workdir)))
     for step in run_files.saved_steps(config.workdir):
         with contextlib.suppress(checkpoints.DamagedError):  # restoring will say so
-            saved = Saved.of(step, checkpoints.read_about(directory, step)["about"])
+            saved = Saved.of(step, checkpoints.read_description(directory, step)["about"])
             planned = max(planned, saved.config["epochs"])
             done = max(done, len(saved.records))
     if config.epochs < max(planned, done):
@@ -131,8 +131,8 @@ def check_epochs(config: Config) -> None:
         )
 
 
-def resume(run: Run, fresh: Position) -> Position:
-    """Position of the newest checkpoint that is intact, or `fresh` where there is none at all.
+def resume(run: Run, fresh: LoopState) -> LoopState:
+    """The state of the newest checkpoint that is intact, or `fresh` where there is none at all.
 
     Newer ones that are damaged are moved out of the way, and that is said.
 
@@ -143,7 +143,7 @@ def resume(run: Run, fresh: Position) -> Position:
     if not steps:
         return fresh
     restored, damages = checkpoints.restore_first(run.manager, fresh.tree, steps)
-    saved = Saved.of(restored.step, restored.about)
+    saved = Saved.of(restored.step, restored.metadata)
     if differing := differences(run.config, saved.config):
         raise checkpoints.CheckpointError(
             f"the checkpoints in {run.manager.directory} are another run's: {'; '.join(differing)}"
@@ -153,12 +153,16 @@ def resume(run: Run, fresh: Position) -> Position:
         folder = run_files.set_aside(run.config.workdir, damaged)
         run.manager.reload()
         warn(f"moved damaged checkpoints to {folder} ({'; '.join(map(str, damages))})")
-    return Position(**restored.tree, records=saved.records, training_seconds=saved.training_seconds)
+    return LoopState(
+        **restored.tree, records=saved.records, training_seconds=saved.training_seconds
+    )
 
 
-def save(run: Run, position: Position) -> None:
-    """Start saving a position as a checkpoint."""
-    about = Saved(of_the_run(run.config), position.records, position.training_seconds)._asdict()
-    is_between_epochs = position.images == 0
-    metrics = position.records[-1] if is_between_epochs else {}
-    checkpoints.save(run.manager, position.step, position.tree, about, metrics)
+def save(run: Run, loop_state: LoopState) -> None:
+    """Start saving the state of the loop as a checkpoint."""
+    metadata = Saved(
+        of_the_run(run.config), loop_state.records, loop_state.training_seconds
+    )._asdict()
+    is_between_epochs = loop_state.images == 0
+    metrics = loop_state.records[-1] if is_between_epochs else {}
+    checkpoints.save(run.manager, loop_state.step, loop_state.tree, metadata, metrics)

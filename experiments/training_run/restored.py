@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import from_config, run_files
-from experiments.command import quieten
-from experiments.config import Config, stored_config
-from experiments.console import warn
-from experiments.position import Position
-from experiments.run_files import RunFilesError
-from experiments.usage import UsageError, command_line
+from experiments.harness.command import quieten
+from experiments.harness.usage import UsageError, command_line
+from experiments.training_run import from_config, run_files
+from experiments.training_run.config import Config, stored_config
+from experiments.training_run.console import warn
+from experiments.training_run.loop_state import LoopState
+from experiments.training_run.run_files import RunFilesError
 from lstm_flax import checkpoints, training
 from lstm_flax.models import SequenceClassifier
 
@@ -47,7 +47,7 @@ def restore_run(workdir: Path) -> RestoredRun:
         jax.set_mesh(training.data_mesh()),
         checkpoints.open_checkpoints(directory, read_only=True) as manager,
     ):
-        like = Position.at_start(from_config.abstract_state(config)).tree
+        like = LoopState.at_start(from_config.abstract_state(config)).tree
         steps = checkpoints.result_steps(manager)
         restored, damages = checkpoints.restore_first(manager, like, steps)
     if damages:

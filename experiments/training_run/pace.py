@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from experiments.stopping import StopRequests
+from experiments.harness.stopping import StopRequests
 
 SECONDS_A_CALL = 1.0
 """How long one compiled call trains, about."""

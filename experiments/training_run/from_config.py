@@ -10,7 +10,7 @@ import optax
 from flax.training.train_state import TrainState
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.config import Config
+from experiments.training_run.config import Config
 from lstm_flax import readings, training
 from lstm_flax.augment import distort
 from lstm_flax.models import LSTMClassifier, SequenceClassifier, chrono_init
@@ -64,7 +64,7 @@ def optimizer(config: Config, num_images: int) -> optax.GradientTransformation:
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
     )
-    return training.spread_state(tx) if config.shard_optimizer else tx
+    return training.shard_opt_state(tx) if config.shard_optimizer else tx
 
 
 def reading(config: Config) -> Reading:

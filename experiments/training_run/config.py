@@ -10,9 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
-from experiments import run_files
-from experiments.run_files import RunFilesError
-from experiments.usage import (
+from experiments.harness.usage import (
     MOST_SEED,
     DatasetName,
     UsageError,
@@ -20,6 +18,8 @@ from experiments.usage import (
     check_packages,
     read_flags,
 )
+from experiments.training_run import run_files
+from experiments.training_run.run_files import RunFilesError
 
 MOST_EPOCHS = 10_000
 """Of a run."""

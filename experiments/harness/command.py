@@ -9,10 +9,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import absl.logging
-
-from experiments import streams, usage
-from experiments.usage import UsageError
+from experiments.harness import streams, usage
+from experiments.harness.usage import UsageError
 
 Main = Callable[..., int]
 Fail = Callable[[Exception], int]
@@ -50,7 +48,7 @@ def command(*refusals: type[Exception], fail: Fail = usage.fail) -> Callable[[Ma
 
 def quieten() -> None:
     """Silence what libraries log beside what they raise, or of no use to who runs a command."""
-    absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax and tfds
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax and tfds
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Orbax's event loop
     # What a failed save of Orbax leaves.
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)

@@ -106,7 +106,7 @@ def command_line(name: str, *arguments: object) -> str:
 
 def install_command(extra: str) -> str:
     """The command that installs an extra of this project, likewise."""
-    project = f"{Path(__file__).absolute().parents[1]}[{extra}]"
+    project = f"{Path(__file__).absolute().parents[2]}[{extra}]"
     return shlex.join([sys.executable or "python", "-m", "pip", "install", "-e", project])
 
 
@@ -121,24 +121,19 @@ def check(options: Any, name: str, holds: bool, must_be: str) -> None:
         raise UsageError(f"--{flag} must be {must_be}, but is {getattr(options, name)}")
 
 
-def check_at_least(options: Any, lowest: int, *names: str) -> None:
-    """Check that these options are at least so much.
+def check_numbers(options: Any, *may_be_zero: str) -> None:
+    """Check that integers among the options are at least 1, or 0 by name, and floats positive.
 
     Raises:
-        UsageError: one is less.
+        UsageError: one is not, or is infinite or NaN.
     """
-    for name in names:
-        check(options, name, getattr(options, name) >= lowest, f"at least {lowest}")
-
-
-def check_positive(options: Any, *names: str) -> None:
-    """Check that these options are positive, and neither infinite nor NaN.
-
-    Raises:
-        UsageError: one is not.
-    """
-    for name in names:
-        check(options, name, 0 < getattr(options, name) < math.inf, "a positive number")
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.type is int:
+            lowest = 0 if field.name in may_be_zero else 1
+            check(options, field.name, value >= lowest, f"at least {lowest}")
+        if field.type is float:
+            check(options, field.name, 0 < value < math.inf, "a positive number")
 
 
 def check_seeds(seeds: Sequence[int], least: int = 1) -> None:

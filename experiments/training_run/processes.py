@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import jax
 
-from experiments import usage
-from experiments.config import Config
+from experiments.harness import usage
+from experiments.training_run.config import Config
 from lstm_flax import training
 
 LOST_PROCESS_SECONDS = 30

@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import socket
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -21,9 +20,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from experiments.harness.output_files import replacing
 from lstm_flax.files import (
     MIB,
-    check_regular,
     open_regular_file,
     parse_json,
     read_regular_file,
@@ -282,37 +281,6 @@ def open_to_change(path: Path, flags: int = 0) -> IO[bytes]:
         OSError: it can't be opened, or is a link or no regular file.
     """
     return open(open_regular_file(path, os.O_RDWR | flags), "r+b")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Hand out a new file beside `path`, of the same ending, that takes its place after the body.
-
-    It is removed where the body fails; what `path` held then stays.
-
-    Raises:
-        OSError: it can't be written, or `path` is a link or no regular file; the error names
-            `path`.
-    """
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            check_regular(os.lstat(path))
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-        os.fchmod(handle, 0o666 & ~_umask())  # mkstemp's is for this user alone
-        os.close(handle)
-        try:
-            yield Path(name)
-            os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
-
-
-def _umask() -> int:
-    umask = os.umask(0o077)
-    os.umask(umask)
-    return umask
 
 
 def _write_lines(path: Path, entries: list[dict[str, Any]]) -> None:

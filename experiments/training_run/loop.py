@@ -1,7 +1,7 @@
 """The training of a run, from where it is to its last epoch, so that being cut off changes nothing.
 
-Its position is saved at the end of each epoch, from time to time within one, and when somebody asks
-it to stop; from any of them training goes on to the same weights. With several processes, all of
+Its state is saved at the end of each epoch, from time to time within one, and when somebody asks it
+to stop; from any of them training goes on to the same weights. With several processes, all of
 them take the same steps at the same time, and the first one writes the files.
 """
 
@@ -15,13 +15,13 @@ import jax
 import numpy as np
 from flax.training.train_state import TrainState
 
-from experiments import environment, from_config, run_files
-from experiments.board import Board
-from experiments.config import Config
-from experiments.console import Progress, duration, warn
-from experiments.pace import Pace
-from experiments.position import Position, Run, save
-from experiments.stopping import Stopped, StopRequests
+from experiments.harness.stopping import Stopped, StopRequests
+from experiments.training_run import environment, from_config, run_files
+from experiments.training_run.board import Board
+from experiments.training_run.config import Config
+from experiments.training_run.console import Progress, duration, warn
+from experiments.training_run.loop_state import LoopState, Run, save
+from experiments.training_run.pace import Pace
 from lstm_flax import checkpoints, training
 from lstm_flax.training import Metrics
 
@@ -33,40 +33,42 @@ class TrainingError(Exception):
     """The training can't go on; the message says what to change."""
 
 
-def train(run: Run, position: Position, stop: StopRequests) -> None:
-    """Train from a position to the end of the last epoch.
+def train(run: Run, loop_state: LoopState, stop: StopRequests) -> None:
+    """Train from a state of the loop to the end of the last epoch.
 
     Raises:
-        Stopped: asked to, perhaps after the last step; the position is saved.
+        Stopped: asked to, perhaps after the last step; the state is saved.
         TrainingError: the loss is not finite.
         CheckpointError: a checkpoint can't be written.
     """
     config, images = run.config, len(run.datasets["train"]["label"])
-    take_steps = compile_train_steps(run, position)
+    take_steps = compile_train_steps(run, loop_state)
     pace = Pace(*config.save_interval, stop)
     with (
-        Progress(config.epochs * images, position.epochs * images + position.images) as progress,
-        open_board(config, position) as board,
+        Progress(
+            config.epochs * images, loop_state.epochs * images + loop_state.images
+        ) as progress,
+        open_board(config, loop_state) as board,
         stop.deferred(),
     ):
-        while position.epochs < config.epochs and not pace.stop_signal:
-            position = train_for_a_call(run, position, take_steps, pace)
-            progress.advance(position.epochs * images + position.images, position.loss)
-            board.advance(position.step, position.loss)
-            if is_end_of_epoch := position.images == images:
-                position = end_epoch(run, position)
-                run_files.append_metrics(config.workdir, position.records[-1])
-                progress.epoch(position.records[-1], config.epochs)
-                board.epoch(position.records[-1])
+        while loop_state.epochs < config.epochs and not pace.stop_signal:
+            loop_state = train_for_a_call(run, loop_state, take_steps, pace)
+            progress.advance(loop_state.epochs * images + loop_state.images, loop_state.loss)
+            board.advance(loop_state.step, loop_state.loss)
+            if is_end_of_epoch := loop_state.images == images:
+                loop_state = end_epoch(run, loop_state)
+                run_files.append_metrics(config.workdir, loop_state.records[-1])
+                progress.epoch(loop_state.records[-1], config.epochs)
+                board.epoch(loop_state.records[-1])
             if is_end_of_epoch or pace.is_save_due or pace.stop_signal:
-                save(run, position)
+                save(run, loop_state)
         checkpoints.wait(run.manager)
         pace.after_training()
         if pace.stop_signal:
             raise Stopped(pace.stop_signal)
 
 
-def compile_train_steps(run: Run, position: Position) -> TakeSteps:
+def compile_train_steps(run: Run, loop_state: LoopState) -> TakeSteps:
     """Compile `training.train_steps` ahead of time, so that no figure holds compile time.
 
     It says so, for it takes long. Under `jax.disable_jit`, for debugging, nothing is compiled.
@@ -83,7 +85,7 @@ def compile_train_steps(run: Run, position: Position) -> TakeSteps:
         return take_steps
     print("compiling, which may take a quarter of a minute", flush=True)
     started = time.perf_counter()
-    before = (position.state, position.metrics)
+    before = (loop_state.state, loop_state.metrics)
     # What comes out lies on the devices as what went in, so that it can go in again.
     layout = jax.tree.map(lambda array: array.sharding, before)
     jitted = jax.jit(take_steps, donate_argnums=(0, 1), out_shardings=layout)
@@ -92,51 +94,55 @@ def compile_train_steps(run: Run, position: Position) -> TakeSteps:
     return compiled
 
 
-def open_board(config: Config, position: Position) -> Board:
-    """TensorBoard's curves up to a position, to be gone on with; nothing where nobody asked."""
+def open_board(config: Config, loop_state: LoopState) -> Board:
+    """Open TensorBoard's curves at a state of the loop; without `--tensorboard`, do nothing."""
     is_wanted = config.tensorboard and run_files.is_writer()
     folder = run_files.tensorboard_path(config.workdir) if is_wanted else None
-    return Board(folder, position.step, position.records)
+    return Board(folder, loop_state.step, loop_state.records)
 
 
-def train_for_a_call(run: Run, position: Position, take_steps: TakeSteps, pace: Pace) -> Position:
+def train_for_a_call(
+    run: Run, loop_state: LoopState, take_steps: TakeSteps, pace: Pace
+) -> LoopState:
     """Take as many steps as the pace says, within the epoch, and set the pace by them.
 
-    The arrays of the position that is given are given up.
+    The call donates the arrays of the state that it is given.
 
     Raises:
         TrainingError: the loss is not finite.
     """
-    started, step = time.perf_counter(), position.step
+    started, step = time.perf_counter(), loop_state.step
     state, metrics = take_steps(
-        position.state, position.metrics, run.datasets["train"], run.keys, np.int32(pace.steps)
+        loop_state.state, loop_state.metrics, run.datasets["train"], run.keys, np.int32(pace.steps)
     )
     jax.block_until_ready((state, metrics))
     seconds = time.perf_counter() - started
-    position = Position(state, metrics, position.records, position.training_seconds + seconds)
-    if not (math.isfinite(position.loss) and training.is_finite(state.params)):
+    loop_state = loop_state._replace(
+        state=state, metrics=metrics, training_seconds=loop_state.training_seconds + seconds
+    )
+    if not (math.isfinite(loop_state.loss) and training.is_finite(state.params)):
         raise TrainingError(
-            f"the loss became {position.loss} by step {position.step}: lower --learning-rate; "
+            f"the loss became {loop_state.loss} by step {loop_state.step}: lower --learning-rate; "
             f"the last checkpoint is from before"
         )
-    pace.after_call(position.step, position.step - step, seconds)
-    return position
+    pace.after_call(loop_state.step, loop_state.step - step, seconds)
+    return loop_state
 
 
-def end_epoch(run: Run, position: Position) -> Position:
+def end_epoch(run: Run, loop_state: LoopState) -> LoopState:
     """Evaluate after an epoch's last step; the epoch's figures become a record."""
     started = time.perf_counter()
-    record: dict[str, Any] = {"epoch": position.epochs + 1, "step": position.step}
-    record |= figures("train", position.metrics)
+    record: dict[str, Any] = {"epoch": loop_state.epochs + 1, "step": loop_state.step}
+    record |= figures("train", loop_state.metrics)
     for name in run.datasets.keys() - {"train"}:
-        record |= figures(name, evaluate(run, position.state, name))
+        record |= figures(name, evaluate(run, loop_state.state, name))
     record |= {
-        "images_per_second": position.images / position.training_seconds,
-        "seconds": position.training_seconds + time.perf_counter() - started,
+        "images_per_second": loop_state.images / loop_state.training_seconds,
+        "seconds": loop_state.training_seconds + time.perf_counter() - started,
         "dataset": run.config.dataset,
         "device": environment.device_name(),
     }
-    return Position.at_start_of_epoch(position.state, [*position.records, record])
+    return LoopState.at_start_of_epoch(loop_state.state, [*loop_state.records, record])
 
 
 def evaluate(run: Run, state: TrainState, split: str) -> Metrics:

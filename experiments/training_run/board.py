@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments import run_files
+from experiments.training_run import run_files
 
 LONGEST_EVENT = 2**20
 """Bytes; a scalar takes 60."""

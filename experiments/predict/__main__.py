@@ -19,12 +19,12 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from experiments.command import command
-from experiments.console import warn
-from experiments.digit_image import ENDINGS, DigitImageError, read_digit_image
-from experiments.restored import RestoredRun, classifier, restore_run
-from experiments.run_files import RunFilesError
-from experiments.usage import UsageError, printable, read_flags
+from experiments.harness.command import command
+from experiments.harness.usage import UsageError, printable, read_flags
+from experiments.predict.digit_image import ENDINGS, DigitImageError, read_digit_image
+from experiments.training_run.console import warn
+from experiments.training_run.restored import RestoredRun, classifier, restore_run
+from experiments.training_run.run_files import RunFilesError
 from lstm_flax.checkpoints import CheckpointError
 
 PATIENCE = 0.2

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from experiments.usage import counted, printable
+from experiments.harness.usage import counted, printable
 
 
 def warn(message: str) -> None:

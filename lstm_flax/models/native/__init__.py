@@ -40,9 +40,8 @@ def why_not(part: str, operands: Any) -> str | None:
     dtype = operands[0].dtype
     if dtype.name not in DTYPES:
         return f"products in {dtype.name}"
-    hidden_is_of = {"forward": 4, "gate_gradients": 0, "weight_gradients": 1}
-    sizes = [operands[k].shape[-1] for name, k in hidden_is_of.items() if name == part]
-    if dtype == jnp.bfloat16 and any(size % 2 for size in sizes):
+    of_hidden = {"forward": 4, "gate_gradients": 0, "weight_gradients": 1}.get(part)
+    if dtype == jnp.bfloat16 and of_hidden is not None and operands[of_hidden].shape[-1] % 2:
         return "an odd hidden_size in bfloat16"
     return unavailable(dtype)
 

@@ -21,6 +21,7 @@ from lstm_flax.models.lstm_layer import (
     differentiate,
     is_valid_step,
     lstm_layer,
+    moving_of,
     primitive,
     replaced,
 )
@@ -210,7 +211,7 @@ def _linearize(operands, operands_dot, *, keep, **static):
     if keep:  # of the derivative itself
         return differentiate(partial(forward, keep=keep, **static), operands, operands_dot)
     *results, kept = forward_p.bind(*operands, keep=True, **static)
-    moving = tuple(k for k, dot in enumerate(operands_dot) if not isinstance(dot, ad.Zero))
+    moving = moving_of(operands_dot)
     along = [operands_dot[k] for k in moving]
     moved = tangents_p.bind(*operands, results[0], kept, *along, moving=moving, **static)
     return results, moved

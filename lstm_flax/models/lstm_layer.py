@@ -324,12 +324,17 @@ def _differentiated(definition, args, args_dot, **static):
 
 def differentiate(function: Callable, args: Arrays, args_dot: Sequence[Any]) -> Any:
     """`(results, tangents)` of a function, as JAX asks a primitive for them."""
-    moving = [k for k, dot in enumerate(args_dot) if not isinstance(dot, ad.Zero)]
+    moving = moving_of(args_dot)
 
     def move(*moved):
         return function(*replaced(args, moving, moved))
 
     return jax.jvp(move, [args[k] for k in moving], [args_dot[k] for k in moving])
+
+
+def moving_of(args_dot: Sequence[Any]) -> tuple[int, ...]:
+    """Positions of the tangents that are not known to be zero."""
+    return tuple(k for k, dot in enumerate(args_dot) if not isinstance(dot, ad.Zero))
 
 
 def replaced(args: Arrays, positions: Sequence[int], by: Arrays) -> list:
@@ -395,7 +400,7 @@ def _linearize(operands, operands_dot, *, keep, **static):
     if keep:  # of the derivative itself
         return differentiate(partial(forward, keep=keep, **static), operands, operands_dot)
     outputs, h_n, c_n, gates, cells = forward_p.bind(*operands, keep=True, **static)
-    moving = tuple(k for k, dot in enumerate(operands_dot) if not isinstance(dot, ad.Zero))
+    moving = moving_of(operands_dot)
     along = [operands_dot[k] for k in moving]
     moved = tangents_p.bind(*operands, outputs, gates, cells, *along, moving=moving, **static)
     return (outputs, h_n, c_n), moved

@@ -1,4 +1,4 @@
-"""The README's code: each block is pasted alone, by somebody who has run none of the others."""
+"""The code in all READMEs: each block is pasted alone, by a reader who has run no other."""
 
 import importlib
 import importlib.util
@@ -9,11 +9,20 @@ import jax
 import numpy as np
 import pytest
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    path
+    for path in sorted(ROOT.rglob("*.md"))
+    if not any(
+        part.startswith(".") or part in ("runs", "build") for part in path.parts[len(ROOT.parts) :]
+    )
+]
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+def blocks(language, *pages):
+    """The blocks of a language in some pages, by default in the README at the top."""
+    text = "\n".join(path.read_text() for path in pages or [ROOT / "README.md"])
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
 def paste(block):
@@ -25,8 +34,8 @@ def paste(block):
 
 
 def commands():
-    """The flags of the README's commands, by the module that they start."""
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    """The flags of the READMEs' commands, by the module that they start."""
+    lines = "\n".join(blocks("bash", *PAGES)).replace("\\\n", " ").splitlines()
     found = {}
     for line in lines:
         for name, rest in re.findall(r"python -m (experiments\.\w+)([^&#]*)", line):
@@ -39,7 +48,8 @@ def commands():
 @pytest.mark.slow
 def test_each_block_of_python_stands_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    use, train, pytorch = blocks("python")
+    use, pytorch = blocks("python")
+    (train,) = blocks("python", ROOT / "lstm_flax" / "README.md")
     assert paste(use)["forget"].shape == (32, 28, 64)
     assert paste(train)["state"].step == 12
     if importlib.util.find_spec("torch") is not None:
@@ -56,3 +66,22 @@ def test_each_command_has_the_flags_that_it_is_given(name, flags, capsys):
         module.main(["--help"])
     assert exit_.value.code == 0
     assert flags <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_each_link_within_the_project_leads_somewhere(page):
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text)
+    for link in filter(None, sum(links, ())):
+        if re.match(r"https?:", link):
+            continue
+        path, _, heading = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            assert heading in [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles]
+
+
+def test_the_readme_can_be_finished():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 220

@@ -222,6 +222,8 @@ class LSTMStack(RecurrentStack):
             "gates are asked for": self.is_asked_for_gates(),
             "a symbolic shape": not all(isinstance(size, int) for size in x.shape),
             "nothing to compute": 0 in x.shape,
+            # Neither a layer's loop nor what it keeps for its gradients is worth it.
+            "a single step": self.implementation == "auto" and x.shape[self._time_axis] == 1,
             "several devices": jax.device_count() > 1 and not _is_one_devices_share(),
         }
         return next((reason for reason, applies in reasons.items() if applies), None)

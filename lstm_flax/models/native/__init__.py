@@ -49,14 +49,14 @@ def why_not(part: str, operands: Any) -> str | None:
 def is_slower(part: str, operands: Any) -> bool:
     """Whether XLA's own products are faster here; see `lstm_layer.Kernels`.
 
-    The kernel packs the weights at each call, which few rows of batch and time do not earn back,
-    nor a single step, which XLA computes without a loop. Nor has it a second level of blocks for
-    weights beyond all caches: with 1,024 units a batch of 128 took 1.3 to 1.7 times as long as the
-    scan, one of 16 half as long. `python -m experiments.benchmark --cases grid` gave the sizes.
+    The kernel packs the weights at each call, which few rows of batch and time do not earn back.
+    Nor has it a second level of blocks for weights beyond all caches: with 1,024 units and a batch
+    of 128 it took 1.3 to 1.7 times as long as the scan with 512 KiB of L2, and as long with 1 MiB;
+    a batch of 16 took half as long. `python -m experiments.benchmark --cases grid` gave the sizes.
     """
     batch, time = operands[0].shape[:2]
     weights = operands[1].size + operands[2].size if part == "forward" else 0  # numbers
-    is_hardly_used = time == 1 or batch * time <= (24 if weights > 1 << 20 else 12)
+    is_hardly_used = batch * time <= (24 if weights > 1 << 20 else 12)
     return is_hardly_used or (weights > 1 << 22 and batch > 32)
 
 

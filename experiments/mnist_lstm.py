@@ -37,7 +37,7 @@ from lstm_flax.training import Keys
 
 @command(RunFilesError, TrainingError, DataError, CheckpointError, fail=processes.fail)
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the experiment from a command line; returns the exit status."""
+    """Run the experiment from a command line and return the exit status."""
     try:
         with without_echoes():
             run(parse(argv), stopping.REQUESTS)
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config: Config, stop: StopRequests) -> None:
-    """Train, or go on training, then evaluate the result; or only evaluate."""
+    """Train or resume a run and evaluate its result, or only evaluate it."""
     check_epochs(config)
     stop.outlook = partial(outlook, config)
     with processes.joined(config):
@@ -76,16 +76,16 @@ def run(config: Config, stop: StopRequests) -> None:
 
 
 def outlook(config: Config) -> str:
-    """What to expect of the same command after this one was stopped."""
+    """Return what the same command will do after this one was stopped."""
     if config.eval_only:
         return ""
     if run_files.saved_steps(config.workdir):
-        return ": the same command goes on from there"
-    return " before the first save: the same command starts anew"
+        return ": run the same command to resume"
+    return " before the first save: run the same command to start again"
 
 
 def load_splits(config: Config, builder) -> dict[str, data.Split]:
-    """Read the splits "train" and "test", and "validation" where images are held out."""
+    """Read the splits "train" and "test", and "validation" if images are held out."""
     splits = {name: data.read_split(builder, name) for name in ("train", "test")}
     if config.validation_size:
         splits["train"], splits["validation"] = data.hold_out(
@@ -95,12 +95,12 @@ def load_splits(config: Config, builder) -> dict[str, data.Split]:
 
 
 def check_batch_size(config: Config, splits: dict[str, data.Split]) -> None:
-    """Refuse a batch that the data can't fill or the devices can't share."""
+    """Check that the data fill a batch and that the devices divide it."""
     check_fills_batch(config.batch_size, len(splits["train"].labels))
     devices = jax.device_count()
     if config.batch_size % devices:
         raise UsageError(
-            f"--batch-size is {config.batch_size}, which {devices} devices can't share equally"
+            f"--batch-size must be a multiple of the {devices} devices, but is {config.batch_size}"
         )
 
 
@@ -115,7 +115,7 @@ def open_workdir(config: Config) -> Iterator[ocp.CheckpointManager]:
 
 
 def describe(run: Run, state: TrainState) -> None:
-    """Print what the run is about to work on."""
+    """Print the data, the model and the device."""
     config = run.config
     names = [name for name in ("train", "validation", "test") if name in run.datasets]
     images = ", ".join(f"{len(run.datasets[name]['label']):,} {name}" for name in names)
@@ -144,7 +144,7 @@ def train(run: Run, fresh: TrainState, stop: StopRequests) -> None:
 
 
 def record_start(config: Config, step: int) -> None:
-    """Keep with what and on what the run is trained from a step on; it trains without, too."""
+    """Record software and hardware for training from a step on; a failure only warns."""
     start = environment.of_start(step) | {"implementation": str(from_config.implementation(config))}
     try:
         run_files.append_environment(config.workdir, start)
@@ -153,7 +153,7 @@ def record_start(config: Config, step: int) -> None:
 
 
 def evaluate_result(run: Run, like: TrainState) -> None:
-    """Restore the result, or the step asked for, evaluate it, and say and write what it is."""
+    """Restore the result or the checkpoint of `--step`, evaluate it, and print and save that."""
     config, manager, tree = run.config, run.manager, LoopState.at_start(like).tree
     if config.step is None:
         steps = checkpoints.result_steps(manager)
@@ -182,11 +182,11 @@ def evaluate_result(run: Run, like: TrainState) -> None:
     try:
         run_files.write_json(run_files.eval_path(config.workdir), evaluation)
     except RunFilesError as error:
-        warn(str(error))  # a run that may only be read can be evaluated
+        warn(str(error))  # a read-only run can still be evaluated
 
 
 def evaluation_command(config: Config) -> str:
-    """The command that evaluates this checkpoint again."""
+    """Return the command that evaluates this checkpoint again."""
     places: dict[str, Any] = {"data-dir": config.data_dir, "step": config.step}
     given = [(f"--{flag}", value) for flag, value in places.items() if value is not None]
     flags = ["--workdir", config.workdir, "--eval-only", *itertools.chain(*given)]

@@ -127,7 +127,7 @@ def test_labels_outside_the_classes_are_refused_where_they_are_known_and_else_na
     assert np.isfinite(metrics.loss)
     assert training.is_finite(moved.params)
     with jax.disable_jit():
-        with refuses(rf"label is within 0\.\.9, but some are \[{label}\]"):
+        with refuses(rf"label must be within 0\.\.9, but some are \[{label}\]"):
             eval_step(state, batch)
         assert int(eval_step(state, masked).count) == 5
 
@@ -135,7 +135,7 @@ def test_labels_outside_the_classes_are_refused_where_they_are_known_and_else_na
 def test_a_model_that_gives_no_logits():
     stack = LSTMStack(4)
     state = create_train_state(stack, optax.sgd(0.1), jnp.zeros((1, 4, 3)), KEYS.init)
-    with refuses("the model's result is tuple, not floating .*batch, classes"):
+    with refuses("the model's output is tuple, not floating .*batch, classes"):
         eval_step(state, BATCH)
 
 

@@ -155,7 +155,7 @@ def test_held_out_images_are_stratified_fixed_by_the_seed_and_not_trained_on(mni
 @pytest.mark.parametrize("size", [9, 4000, 3999])
 def test_an_impossible_validation_size_is_refused(size, data_dir):
     train = data.read_split(data.prepare("mnist5k", data_dir), "train")
-    with pytest.raises(data.DataError, match=f"--validation-size {size}"):
+    with pytest.raises(data.DataError, match=f"--validation-size must be from .* is {size}:"):
         data.hold_out(train, size, seed=0)
 
 
@@ -180,7 +180,9 @@ def prepared(data_dir, tmp_path):
 def test_prepared_data_that_were_damaged_are_refused_with_the_way_out(prepared, name, damage):
     folder, files = prepared
     damage(files / name)
-    with pytest.raises(data.DataError, match=r"can't be read \(.*delete .* prepared anew") as error:
+    with pytest.raises(
+        data.DataError, match=r"can't be read \(.*delete .* run this again"
+    ) as error:
         data.read_split(data.prepare("mnist5k", folder), "train")
     assert "\n" not in str(error.value)
     assert str(folder) in str(error.value)

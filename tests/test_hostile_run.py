@@ -195,7 +195,7 @@ def test_folders_that_can_not_be_removed_are_refused(folder, end):
     deepest = folder / "checkpoints" / "15.orbax-checkpoint-tmp" / "/".join("d" * 40)
     deepest.mkdir(parents=True)
     for command in ALL:
-        assert_refused(end(command), "can't be used (it lies too deep)")
+        assert_refused(end(command), "can't be used (it is nested too deeply)")
 
 
 def test_the_workdir_itself_may_be_a_link(folder, end):

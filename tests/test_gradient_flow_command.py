@@ -35,7 +35,7 @@ def test_the_command_draws_and_prints_a_part(tmp_path, data_dir, capsys):
         (["--seed", "-1"], "--seed must be at least 0, but is -1"),
         (
             ["--seeds", "1", "1"],
-            "--seeds must be at least 1 number from 0 to 4294967295, without duplicates, but is 1 1",
+            "--seeds must be at least 1 number from 0 to 4294967295, no duplicates, but is 1 1",
         ),
         (["--learning-rate", "nan"], "--learning-rate must be a positive number, but is nan"),
     ],

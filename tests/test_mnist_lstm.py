@@ -66,7 +66,7 @@ def test_a_recipe_sets_what_is_left_out(run, tmp_path):
     assert run("--workdir", tmp_path, "--eval-only")[0] == 0
     status, _, error = run("--workdir", tmp_path, "--recipe", "fast")
     assert status == 2
-    assert "--recipe is fast, the run's is best" in error
+    assert "--recipe is fast, but the run's is best" in error
 
 
 def test_a_run_from_before_a_flag_goes_on_with_the_flags_default(run, tmp_path):
@@ -235,8 +235,8 @@ def test_a_workdir_of_another_run_is_refused_with_each_difference(run, tmp_path)
     kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     status, _, error = run("--workdir", tmp_path, "--hidden-size", 32, "--num-layers", 2)
     assert status == 2
-    assert "--hidden-size is 32, the run's is 24" in error
-    assert "--num-layers is 2, the run's is 1" in error
+    assert "--hidden-size is 32, but the run's is 24" in error
+    assert "--num-layers is 2, but the run's is 1" in error
     assert "--batch-size" not in error
     assert error.count("\n") == 1
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == kept

@@ -146,7 +146,7 @@ def check_seeds(seeds: Sequence[int], least: int = 1) -> None:
     if len(seeds) < least or not differ or not all(0 <= seed <= MOST_SEED for seed in seeds):
         given = " ".join(map(str, seeds)) or "empty"
         raise UsageError(
-            f"--seeds must be at least {counted(least, 'number')} from 0 to {MOST_SEED}, without "
+            f"--seeds must be at least {counted(least, 'number')} from 0 to {MOST_SEED}, no "
             f"duplicates, but is {given}"
         )
 

@@ -1,8 +1,8 @@
-"""The training of a run, from where it is to its last epoch, so that being cut off changes nothing.
+"""Train a run from where it is to its last epoch, so that an interruption changes nothing.
 
-Its state is saved at the end of each epoch, from time to time within one, and when somebody asks it
-to stop; from any of them training goes on to the same weights. With several processes, all of
-them take the same steps at the same time, and the first one writes the files.
+The state is saved at the end of each epoch, at intervals within one, and when a signal asks the run
+to stop. Training resumes from any of these to the same weights. With several processes, all of them
+take the same steps at the same time, and the first one writes the files.
 """
 
 import math
@@ -30,14 +30,14 @@ TakeSteps = Callable[..., tuple[TrainState, Metrics]]
 
 
 class TrainingError(Exception):
-    """The training can't go on; the message says what to change."""
+    """Training can't continue; the message says what to change."""
 
 
 def train(run: Run, loop_state: LoopState, stop: StopRequests) -> None:
     """Train from a state of the loop to the end of the last epoch.
 
     Raises:
-        Stopped: asked to, perhaps after the last step; the state is saved.
+        Stopped: a signal arrived, perhaps after the last step; the state is saved.
         TrainingError: the loss is not finite.
         CheckpointError: a checkpoint can't be written.
     """
@@ -69,9 +69,9 @@ def train(run: Run, loop_state: LoopState, stop: StopRequests) -> None:
 
 
 def compile_train_steps(run: Run, loop_state: LoopState) -> TakeSteps:
-    """Compile `training.train_steps` ahead of time, so that no figure holds compile time.
+    """Compile `training.train_steps` ahead of time, so that no measured time includes compiling.
 
-    It says so, for it takes long. Under `jax.disable_jit`, for debugging, nothing is compiled.
+    Prints a line before, because it takes long. Under `jax.disable_jit` nothing is compiled.
     """
     take_steps = partial(
         training.train_steps,
@@ -83,10 +83,10 @@ def compile_train_steps(run: Run, loop_state: LoopState) -> TakeSteps:
     if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
         warn("JAX_DISABLE_JIT is set: nothing is compiled, and a step takes seconds")
         return take_steps
-    print("compiling, which may take a quarter of a minute", flush=True)
+    print("compiling, which may take 15 seconds", flush=True)
     started = time.perf_counter()
     before = (loop_state.state, loop_state.metrics)
-    # What comes out lies on the devices as what went in, so that it can go in again.
+    # The outputs have the layout of the inputs, so that they can be inputs again.
     layout = jax.tree.map(lambda array: array.sharding, before)
     jitted = jax.jit(take_steps, donate_argnums=(0, 1), out_shardings=layout)
     compiled = jitted.lower(*before, run.datasets["train"], run.keys, np.int32(1)).compile()
@@ -95,7 +95,7 @@ def compile_train_steps(run: Run, loop_state: LoopState) -> TakeSteps:
 
 
 def open_board(config: Config, loop_state: LoopState) -> Board:
-    """Open TensorBoard's curves at a state of the loop; without `--tensorboard`, do nothing."""
+    """Open the TensorBoard writer at this step; without `--tensorboard` it does nothing."""
     is_wanted = config.tensorboard and run_files.is_writer()
     folder = run_files.tensorboard_path(config.workdir) if is_wanted else None
     return Board(folder, loop_state.step, loop_state.records)
@@ -104,9 +104,9 @@ def open_board(config: Config, loop_state: LoopState) -> Board:
 def train_for_a_call(
     run: Run, loop_state: LoopState, take_steps: TakeSteps, pace: Pace
 ) -> LoopState:
-    """Take as many steps as the pace says, within the epoch, and set the pace by them.
+    """Train one chunk of steps within the epoch, and let the pace choose the next one.
 
-    The call donates the arrays of the state that it is given.
+    Donates the arrays of `loop_state`.
 
     Raises:
         TrainingError: the loss is not finite.
@@ -123,14 +123,14 @@ def train_for_a_call(
     if not (math.isfinite(loop_state.loss) and training.is_finite(state.params)):
         raise TrainingError(
             f"the loss became {loop_state.loss} by step {loop_state.step}: lower --learning-rate; "
-            f"the last checkpoint is from before"
+            f"the last checkpoint is from before that step"
         )
     pace.after_call(loop_state.step, loop_state.step - step, seconds)
     return loop_state
 
 
 def end_epoch(run: Run, loop_state: LoopState) -> LoopState:
-    """Evaluate after an epoch's last step; the epoch's figures become a record."""
+    """Evaluate after an epoch's last step, and add a record of the epoch's metrics."""
     started = time.perf_counter()
     record: dict[str, Any] = {"epoch": loop_state.epochs + 1, "step": loop_state.step}
     record |= figures("train", loop_state.metrics)
@@ -146,7 +146,7 @@ def end_epoch(run: Run, loop_state: LoopState) -> LoopState:
 
 
 def evaluate(run: Run, state: TrainState, split: str) -> Metrics:
-    """Metrics over a whole split."""
+    """Compute the metrics over a whole split."""
     return training.evaluate(
         state,
         run.datasets[split],
@@ -156,9 +156,9 @@ def evaluate(run: Run, state: TrainState, split: str) -> Metrics:
 
 
 def figures(split: str, metrics: Metrics) -> dict[str, float]:
-    """Loss and accuracy on a split, named as in metrics.jsonl."""
+    """Return loss and accuracy on a split, named as in metrics.jsonl."""
     return {
         f"{split}_loss": float(metrics.loss),
-        # Of the counts themselves, since float32 has no 0.9921.
+        # From the counts, because float32 can't represent 0.9921.
         f"{split}_accuracy": int(metrics.correct) / int(metrics.count),
     }

@@ -1,4 +1,4 @@
-"""How far a run is: saved as a checkpoint, and gone on from."""
+"""The progress of a run: saved as a checkpoint, and resumed from it."""
 
 import contextlib
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from lstm_flax.training import Batch, Keys, Metrics
 
 
 class Run(NamedTuple):
-    """What a run works with from its start to its end."""
+    """What a run uses from start to end."""
 
     config: Config
     datasets: dict[str, Batch]  # "train", "test" and, where images are held out, "validation"
@@ -24,21 +24,21 @@ class Run(NamedTuple):
 
 
 class LoopState(NamedTuple):
-    """How far a run is; with the `Run`, all that its future depends on."""
+    """How far a run is; with the `Run`, it determines everything that follows."""
 
     state: TrainState
     metrics: Metrics  # of the epoch so far
-    records: list[dict[str, Any]]  # a line of metrics.jsonl for each epoch that is done
+    records: list[dict[str, Any]]  # the line of metrics.jsonl for each finished epoch
     training_seconds: float = 0.0  # of the epoch so far
 
     @classmethod
     def at_start(cls, state: TrainState) -> "LoopState":
-        """Of a run that has taken no step."""
+        """Return the state of a run that has taken no step."""
         return cls.at_start_of_epoch(state, [])
 
     @classmethod
     def at_start_of_epoch(cls, state: TrainState, records: list[dict[str, Any]]) -> "LoopState":
-        """Of a run between two epochs."""
+        """Return the state of a run between two epochs."""
         return cls(state, training.replicate(Metrics.zero()), records)
 
     @property
@@ -48,17 +48,17 @@ class LoopState(NamedTuple):
 
     @property
     def step(self) -> int:
-        """Steps taken."""
+        """Number of steps taken."""
         return int(self.state.step)
 
     @property
     def epochs(self) -> int:
-        """Epochs that are done."""
+        """Number of finished epochs."""
         return len(self.records)
 
     @property
     def images(self) -> int:
-        """Images that were trained on in the epoch so far."""
+        """Number of images trained on in the epoch so far."""
         return int(self.metrics.count)
 
     @property
@@ -68,7 +68,7 @@ class LoopState(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a checkpoint tells beside its arrays."""
+    """What a checkpoint holds beside its arrays."""
 
     config: dict[str, Any]  # of the run
     records: list[dict[str, Any]]
@@ -76,10 +76,10 @@ class Saved(NamedTuple):
 
     @classmethod
     def of(cls, step: int, metadata: dict[str, Any]) -> "Saved":
-        """Of the checkpoint of a step, which may be anybody's.
+        """Check and return the metadata of the checkpoint of a step, which may be untrusted.
 
         Raises:
-            DamagedError: no run tells such things.
+            DamagedError: no run writes such metadata.
         """
         try:
             saved = cls(**metadata)
@@ -91,12 +91,12 @@ class Saved(NamedTuple):
         except (TypeError, KeyError, AttributeError):
             is_ours = False
         if not is_ours:
-            raise checkpoints.DamagedError(f"step {step}: what it tells of its run can't be true")
+            raise checkpoints.DamagedError(f"step {step}: its metadata are not those of a run")
         return saved
 
 
 def _is_record(epoch: int, record: dict[str, Any]) -> bool:
-    """Whether a record can be an epoch's: figures are numbers, if perhaps infinite ones."""
+    """Whether a record can be that of an epoch; its metrics are numbers, perhaps infinite."""
     figures = [value for name, value in record.items() if name not in ("dataset", "device")]
     return (
         all(isinstance(value, int | float) for value in figures)
@@ -111,15 +111,15 @@ def _is_number(value: Any, low: float = 0, high: float = 1e12) -> bool:
 
 
 def check_epochs(config: Config) -> None:
-    """Check that the run in the workdir, if there is one, has no more epochs than are asked for.
+    """Check that the run in the workdir, if there is one, has no more epochs than `--epochs`.
 
     Raises:
-        UsageError: it was saved for more, or has trained more.
+        UsageError: the run was saved for more epochs, or has trained more.
     """
     directory = run_files.checkpoints_path(config.workdir)
     planned, done = 0, len(run_files.read_lines(run_files.metrics_path(config.workdir)))
     for step in run_files.saved_steps(config.workdir):
-        with contextlib.suppress(checkpoints.DamagedError):  # restoring will say so
+        with contextlib.suppress(checkpoints.DamagedError):  # restoring reports it
             saved = Saved.of(step, checkpoints.read_description(directory, step)["about"])
             planned = max(planned, saved.config["epochs"])
             done = max(done, len(saved.records))
@@ -159,7 +159,7 @@ def resume(run: Run, fresh: LoopState) -> LoopState:
 
 
 def save(run: Run, loop_state: LoopState) -> None:
-    """Start saving the state of the loop as a checkpoint."""
+    """Start to save the state of the loop as a checkpoint."""
     metadata = Saved(
         of_the_run(run.config), loop_state.records, loop_state.training_seconds
     )._asdict()

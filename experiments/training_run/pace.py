@@ -1,4 +1,4 @@
-"""How long a run trains before it looks up: to show how far it is, to save, or to stop."""
+"""Choose how long a run trains before it shows its progress, saves or stops."""
 
 import time
 
@@ -9,14 +9,14 @@ from jax.experimental import multihost_utils
 from experiments.harness.stopping import StopRequests
 
 SECONDS_A_CALL = 1.0
-"""How long one compiled call trains, about."""
+"""Approximate duration of one compiled call."""
 
 
 class Pace:
-    """How many steps the next call takes, whether to save before it, and whether to stop.
+    """Chooses how many steps the next call takes, whether to save before it, and whether to stop.
 
-    Calls grow to about `SECONDS_A_CALL`, and end where a checkpoint is due. All processes keep the
-    same pace, the first one's; a request to stop may come to any of them.
+    Calls grow to about `SECONDS_A_CALL`, and end where a checkpoint is due. All processes follow
+    the choice of the first one. A request to stop may reach any of them.
     """
 
     def __init__(self, every_steps: int | None, every_seconds: float | None, stop: StopRequests):
@@ -28,7 +28,7 @@ class Pace:
         self._saved = time.perf_counter()
 
     def after_call(self, step: int, steps: int, seconds: float) -> None:
-        """Set the pace after a call that took so many steps and seconds, up to `step`."""
+        """Choose the next call after one that ended at `step`, after `steps` and `seconds`."""
         steps = max(1, round(steps * SECONDS_A_CALL / seconds))
         is_due = False
         if self._every_steps:
@@ -43,11 +43,11 @@ class Pace:
             self._saved = time.perf_counter()
 
     def after_training(self) -> None:
-        """See whether to stop, though there is no next call."""
+        """Check for a request to stop after the last call."""
         self.stop_signal = int(_of_all(self._stop.asked).max())
 
 
 def _of_all(*values: int) -> np.ndarray:
-    """These values of every process, [processes, values]."""
+    """Return these values of every process, [processes, values]."""
     own = np.array(values)
     return multihost_utils.process_allgather(own) if jax.process_count() > 1 else own[None]

@@ -314,7 +314,7 @@ def of_the_run(**values):
         ),
         (of_the_run(config={"epochs": "x"}), "not those of a run"),
         (of_the_run(records=5), "not those of a run"),
-        (of_the_run(records=[{"epoch": 1, "step": 14, "seconds": float("nan")}]), "not those of a run"),
+        (of_the_run(records=[{"epoch": 1, "step": 14, "seconds": float("nan")}]), "not those of"),
         (of_the_run(training_seconds=float("inf")), "not those of a run"),
         (declare(chunks=[10**4, 2 * 10**5]), "has chunks of [10000, 200000]"),
         (declare(chunks=[10**6, 10**7]), "has chunks of [1000000, 10000000]"),

@@ -64,12 +64,12 @@ class Metrics:
     count: jax.Array  # int32
 
     @classmethod
-    def zero(cls) -> "Metrics":
+    def empty(cls) -> "Metrics":
         """Return the metrics of no examples."""
         return cls(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
     @classmethod
-    def of(cls, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> "Metrics":
+    def from_logits(cls, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> "Metrics":
         """Compute the metrics of one batch.
 
         Args:
@@ -282,7 +282,7 @@ def train_step(
     def loss_fn(params):
         rngs = {"dropout": dropout_key}
         logits = state.apply_fn({"params": params}, x, deterministic=False, rngs=rngs)
-        metrics = Metrics.of(logits, batch["label"], batch["mask"])
+        metrics = Metrics.from_logits(logits, batch["label"], batch["mask"])
         if not label_smoothing:
             return metrics.loss, metrics
         labels = jax.nn.one_hot(batch["label"], logits.shape[-1])
@@ -308,7 +308,7 @@ def eval_step(state: TrainState, batch: Batch, read: Reading = rows) -> Metrics:
     """
     _check_data("batch", batch, ("image", "label", "mask"))
     logits = state.apply_fn({"params": state.params}, read(to_floats(batch["image"])))
-    return Metrics.of(logits, batch["label"], batch["mask"])
+    return Metrics.from_logits(logits, batch["label"], batch["mask"])
 
 
 @jax.jit
@@ -417,4 +417,4 @@ def evaluate(state: TrainState, data: Batch, *, batch_size: int, read: Reading =
     def body(index, metrics):
         return metrics + eval_step(state, _take_batch(data, order, index, batch_size), read)
 
-    return jax.lax.fori_loop(0, steps_per_epoch(num_examples, batch_size), body, Metrics.zero())
+    return jax.lax.fori_loop(0, steps_per_epoch(num_examples, batch_size), body, Metrics.empty())

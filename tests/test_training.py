@@ -47,7 +47,7 @@ def assert_equal_trees(left, right):
 
 
 def run_epoch(state, data, chunks, **options):
-    metrics, keys = Metrics.zero(), Keys.from_seed(5)
+    metrics, keys = Metrics.empty(), Keys.from_seed(5)
     for chunk in chunks:
         state, metrics = train_steps(state, metrics, data, keys, chunk, **options)
     return state, metrics
@@ -59,7 +59,7 @@ def train_a_little(num_steps):
     sample = jnp.zeros((1, 4, 3))  # float64 with x64
     state = create_train_state(LSTMClassifier(4, 1), tx, sample, jax.random.key(0))
     data = {name: array[..., :4, :3] if array.ndim > 1 else array for name, array in DATA_5.items()}
-    fresh = jax.tree.leaves(jax.tree.map(jnp.copy, (state, Metrics.zero())))
+    fresh = jax.tree.leaves(jax.tree.map(jnp.copy, (state, Metrics.empty())))
     state, metrics = run_epoch(state, data, [num_steps], batch_size=3)
     evaluated = evaluate(state, data, batch_size=3)
     read = (evaluated.loss, evaluated.accuracy)
@@ -156,7 +156,7 @@ def test_chunks_of_any_size_give_the_same_bits(options):
 
 def test_train_steps_equal_a_loop_over_train_step():
     data, keys = make_data(23), Keys.from_seed(5)
-    looped, expected = make_state(), Metrics.zero()
+    looped, expected = make_state(), Metrics.empty()
     for epoch in range(2):
         order = jax.random.permutation(jax.random.fold_in(keys.order, epoch), 23)
         for first in range(0, 23, 5):

@@ -46,7 +46,7 @@ def train(state: TrainState, recipe: Recipe, train_set: Batch, keys: Keys) -> Tr
     steps = recipe.steps_per_epoch(train_set)
     for _ in range(recipe.epochs):
         state, _ = training.train_steps(
-            state, Metrics.zero(), train_set, keys, steps, batch_size=recipe.batch_size
+            state, Metrics.empty(), train_set, keys, steps, batch_size=recipe.batch_size
         )
     return state
 

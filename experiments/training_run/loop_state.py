@@ -39,7 +39,7 @@ class LoopState(NamedTuple):
     @classmethod
     def at_start_of_epoch(cls, state: TrainState, records: list[dict[str, Any]]) -> "LoopState":
         """Return the state of a run between two epochs."""
-        return cls(state, training.replicate(Metrics.zero()), records)
+        return cls(state, training.replicate(Metrics.empty()), records)
 
     @property
     def tree(self) -> dict[str, Any]:

@@ -29,11 +29,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lstm_flax.arguments import check, check_array, check_integer
-from lstm_flax.readings import rows
+from lstm_flax.sequences import rows
 
 Batch = dict[str, jax.Array]
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
-Reading = Callable[[jax.Array], jax.Array]
+ToSequence = Callable[[jax.Array], jax.Array]
 
 
 class Keys(NamedTuple):
@@ -242,13 +242,13 @@ def to_floats(images: jax.Array) -> jax.Array:
     return images.astype(jnp.float32) / 255
 
 
-@partial(jax.jit, static_argnames=("augment", "read", "label_smoothing"))
+@partial(jax.jit, static_argnames=("augment", "to_sequence", "label_smoothing"))
 def train_step(
     state: TrainState,
     batch: Batch,
     noise_key: jax.Array,
     augment: Augment | None = None,
-    read: Reading = rows,
+    to_sequence: ToSequence = rows,
     label_smoothing: float = 0.0,
 ) -> tuple[TrainState, Metrics]:
     """Take one gradient step on the mean cross-entropy of a batch.
@@ -258,7 +258,7 @@ def train_step(
         batch: images, labels and mask, as described at the top of this module.
         noise_key: key of dropout and augmentation; `state.step` is folded into it.
         augment: `(key, images float32 [batch, height, width]) -> images`.
-        read: `images -> sequences [batch, time, features]`, as in `lstm_flax.readings`.
+        to_sequence: `images -> sequences [batch, time, features]`, as in `lstm_flax.sequences`.
         label_smoothing: share of each label's weight that is spread evenly over all classes
             (Szegedy et al., "Rethinking the Inception Architecture", 2016, section 7). The loss in
             the metrics does not use it.
@@ -277,7 +277,7 @@ def train_step(
     images = to_floats(batch["image"])
     if augment is not None:
         images = augment(augment_key, images)
-    x = read(images)
+    x = to_sequence(images)
 
     def loss_fn(params):
         rngs = {"dropout": dropout_key}
@@ -294,20 +294,20 @@ def train_step(
     return state.replace(params=_whole(state.params)), metrics
 
 
-@partial(jax.jit, static_argnames="read")
-def eval_step(state: TrainState, batch: Batch, read: Reading = rows) -> Metrics:
+@partial(jax.jit, static_argnames="to_sequence")
+def eval_step(state: TrainState, batch: Batch, to_sequence: ToSequence = rows) -> Metrics:
     """Compute the metrics of one batch, without dropout or augmentation.
 
     Args:
         state: the state to evaluate.
         batch: images, labels and mask, as described at the top of this module.
-        read: as in `train_step`.
+        to_sequence: as in `train_step`.
 
     Raises:
         ValueError: an array is missing or has a wrong shape or dtype.
     """
     _check_data("batch", batch, ("image", "label", "mask"))
-    logits = state.apply_fn({"params": state.params}, read(to_floats(batch["image"])))
+    logits = state.apply_fn({"params": state.params}, to_sequence(to_floats(batch["image"])))
     return Metrics.from_logits(logits, batch["label"], batch["mask"])
 
 
@@ -342,7 +342,7 @@ def _take_batch(data: Batch, order: jax.Array, index: jax.Array, batch_size: int
 
 @partial(
     jax.jit,
-    static_argnames=("batch_size", "augment", "read", "label_smoothing"),
+    static_argnames=("batch_size", "augment", "to_sequence", "label_smoothing"),
     donate_argnames=("state", "metrics"),
 )
 def train_steps(
@@ -354,7 +354,7 @@ def train_steps(
     *,
     batch_size: int,
     augment: Augment | None = None,
-    read: Reading = rows,
+    to_sequence: ToSequence = rows,
     label_smoothing: float = 0.0,
 ) -> tuple[TrainState, Metrics]:
     """Take up to `max_steps` train steps in one call, but none beyond the end of the epoch.
@@ -369,7 +369,7 @@ def train_steps(
         keys: the keys of the run.
         max_steps: largest number of steps to take.
         batch_size: number of images in a step.
-        augment, read, label_smoothing: as in `train_step`.
+        augment, to_sequence, label_smoothing: as in `train_step`.
 
     Returns:
         The state after these steps, and the metrics of the epoch so far.
@@ -390,22 +390,26 @@ def train_steps(
     def body(index, carry):
         state, metrics = carry
         batch = _take_batch(data, order, index, batch_size)
-        state, batch_metrics = train_step(state, batch, keys.noise, augment, read, label_smoothing)
+        state, batch_metrics = train_step(
+            state, batch, keys.noise, augment, to_sequence, label_smoothing
+        )
         return state, metrics + batch_metrics
 
     steps = jnp.minimum(max_steps, per_epoch - first).astype(jnp.int32)
     return jax.lax.fori_loop(first, first + steps, body, (state, metrics))
 
 
-@partial(jax.jit, static_argnames=("batch_size", "read"))
-def evaluate(state: TrainState, data: Batch, *, batch_size: int, read: Reading = rows) -> Metrics:
+@partial(jax.jit, static_argnames=("batch_size", "to_sequence"))
+def evaluate(
+    state: TrainState, data: Batch, *, batch_size: int, to_sequence: ToSequence = rows
+) -> Metrics:
     """Compute the metrics over every example of a dataset in one call.
 
     Args:
         state: the state to evaluate.
         data: images and labels; `batch_size` need not divide their number.
         batch_size: number of images in a batch.
-        read: as in `train_step`.
+        to_sequence: as in `train_step`.
 
     Raises:
         ValueError: as in `eval_step`, or `batch_size` is not a positive integer.
@@ -415,6 +419,6 @@ def evaluate(state: TrainState, data: Batch, *, batch_size: int, read: Reading =
     order = jnp.arange(num_examples)
 
     def body(index, metrics):
-        return metrics + eval_step(state, _take_batch(data, order, index, batch_size), read)
+        return metrics + eval_step(state, _take_batch(data, order, index, batch_size), to_sequence)
 
     return jax.lax.fori_loop(0, steps_per_epoch(num_examples, batch_size), body, Metrics.empty())

@@ -16,7 +16,7 @@ from lstm_flax import (
     create_train_state,
     eval_step,
     evaluate,
-    readings,
+    sequences,
     train_step,
     train_steps,
     training,
@@ -211,7 +211,7 @@ def test_images_to_distort_and_to_read():
     ):
         with refuses(rf"images is {found}, not floating \[batch, height, width\]"):
             distort(jax.random.key(0), images)
-    for read in (readings.rows, readings.pixels, readings.permuted_pixels):
+    for read in (sequences.rows, sequences.pixels, sequences.permuted_pixels):
         with refuses(r"images is uint8 \[4, 3\], not an array \[batch, height, width\]"):
             read(IMAGES[0])
         assert len(read(IMAGES)) == 6

@@ -11,7 +11,7 @@ from lstm_flax import (
     create_train_state,
     eval_step,
     evaluate,
-    readings,
+    sequences,
     train_step,
     train_steps,
     training,
@@ -261,11 +261,11 @@ def test_label_smoothing_is_cross_entropy_with_soft_targets():
 
 def test_readings_have_every_pixel_once_and_a_fixed_order():
     images = jnp.arange(2 * 784).reshape(2, 28, 28)
-    np.testing.assert_array_equal(readings.rows(images)[1, 3], images[1, 3])
-    sequence = readings.pixels(images)
+    np.testing.assert_array_equal(sequences.rows(images)[1, 3], images[1, 3])
+    sequence = sequences.pixels(images)
     assert sequence.shape == (2, 784, 1)
     np.testing.assert_array_equal(sequence[1, 30, 0], images[1, 1, 2])
-    permuted = readings.permuted_pixels(images)[:, :, 0]
+    permuted = sequences.permuted_pixels(images)[:, :, 0]
     np.testing.assert_array_equal(jnp.sort(permuted), images.reshape(2, 784))
     np.testing.assert_array_equal(permuted[1] - 784, permuted[0])
     assert permuted[0, :3].tolist() == [319, 576, 323]  # as in the literature's code

@@ -11,11 +11,11 @@ from flax.training.train_state import TrainState
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.training_run.config import Config
-from lstm_flax import readings, training
+from lstm_flax import sequences, training
 from lstm_flax.augment import distort
 from lstm_flax.models import LSTMClassifier, SequenceClassifier, chrono_init
 from lstm_flax.models.lstm import forget_gate_ones
-from lstm_flax.training import Augment, Reading
+from lstm_flax.training import Augment, ToSequence
 
 IMAGE_SHAPE = (28, 28)
 """Rows, and pixels per row, of the images of every dataset."""
@@ -67,15 +67,15 @@ def optimizer(config: Config, num_images: int) -> optax.GradientTransformation:
     return training.shard_opt_state(tx) if config.shard_optimizer else tx
 
 
-def reading(config: Config) -> Reading:
+def to_sequence(config: Config) -> ToSequence:
     """Return the function that turns images into sequences."""
     match config.sequence:
         case "rows":
-            return readings.rows
+            return sequences.rows
         case "pixels":
-            return readings.pixels
+            return sequences.pixels
         case "permuted":
-            return readings.permuted_pixels
+            return sequences.permuted_pixels
 
 
 def augment(config: Config) -> Augment | None:
@@ -117,4 +117,4 @@ def _abstract_params(config: Config) -> Any:
 
 def _sample(config: Config) -> jax.Array:
     """Return a sequence of the shape and dtype of the model's input."""
-    return reading(config)(jnp.zeros((1, *IMAGE_SHAPE), jnp.float32))
+    return to_sequence(config)(jnp.zeros((1, *IMAGE_SHAPE), jnp.float32))

@@ -77,7 +77,7 @@ def compile_train_steps(run: Run, loop_state: LoopState) -> TakeSteps:
         training.train_steps,
         batch_size=run.config.batch_size,
         augment=from_config.augment(run.config),
-        read=from_config.reading(run.config),
+        to_sequence=from_config.to_sequence(run.config),
         label_smoothing=run.config.label_smoothing,
     )
     if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
@@ -151,7 +151,7 @@ def evaluate(run: Run, state: TrainState, split: str) -> Metrics:
         state,
         run.datasets[split],
         batch_size=run.config.batch_size,
-        read=from_config.reading(run.config),
+        to_sequence=from_config.to_sequence(run.config),
     )
 
 

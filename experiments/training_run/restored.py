@@ -67,11 +67,11 @@ def classifier(run: RestoredRun) -> Callable[[np.ndarray], np.ndarray]:
     Images become sequences as in training, and batches have the size that the run was evaluated
     with: in bfloat16 the rounding of sums depends on it, which could change a doubtful answer.
     """
-    read, batch_size = from_config.reading(run.config), run.config.batch_size
+    to_sequence, batch_size = from_config.to_sequence(run.config), run.config.batch_size
 
     @jax.jit
     def classify_batch(images: jax.Array) -> jax.Array:
-        logits = run.model.apply({"params": run.params}, read(training.to_floats(images)))
+        logits = run.model.apply({"params": run.params}, to_sequence(training.to_floats(images)))
         return jax.nn.softmax(jnp.asarray(logits))
 
     def classify(images: np.ndarray) -> np.ndarray:

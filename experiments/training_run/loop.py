@@ -18,10 +18,10 @@ from flax.training.train_state import TrainState
 from experiments.harness.stopping import Stopped, StopRequests
 from experiments.training_run import environment, from_config, run_files
 from experiments.training_run.board import Board
+from experiments.training_run.chunks import ChunkScheduler
 from experiments.training_run.config import Config
 from experiments.training_run.console import Progress, duration, warn
 from experiments.training_run.loop_state import LoopState, Run, save
-from experiments.training_run.pace import Pace
 from lstm_flax import checkpoints, training
 from lstm_flax.training import Metrics
 
@@ -43,7 +43,7 @@ def train(run: Run, loop_state: LoopState, stop: StopRequests) -> None:
     """
     config, images = run.config, len(run.datasets["train"]["label"])
     take_steps = compile_train_steps(run, loop_state)
-    pace = Pace(*config.save_interval, stop)
+    scheduler = ChunkScheduler(*config.save_interval, stop)
     with (
         Progress(
             config.epochs * images, loop_state.epochs * images + loop_state.images
@@ -51,8 +51,8 @@ def train(run: Run, loop_state: LoopState, stop: StopRequests) -> None:
         open_board(config, loop_state) as board,
         stop.deferred(),
     ):
-        while loop_state.epochs < config.epochs and not pace.stop_signal:
-            loop_state = train_for_a_call(run, loop_state, take_steps, pace)
+        while loop_state.epochs < config.epochs and not scheduler.stop_signal:
+            loop_state = train_chunk(run, loop_state, take_steps, scheduler)
             progress.advance(loop_state.epochs * images + loop_state.images, loop_state.loss)
             board.advance(loop_state.step, loop_state.loss)
             if is_end_of_epoch := loop_state.images == images:
@@ -60,12 +60,12 @@ def train(run: Run, loop_state: LoopState, stop: StopRequests) -> None:
                 run_files.append_metrics(config.workdir, loop_state.records[-1])
                 progress.epoch(loop_state.records[-1], config.epochs)
                 board.epoch(loop_state.records[-1])
-            if is_end_of_epoch or pace.is_save_due or pace.stop_signal:
+            if is_end_of_epoch or scheduler.is_save_due or scheduler.stop_signal:
                 save(run, loop_state)
         checkpoints.wait(run.manager)
-        pace.after_training()
-        if pace.stop_signal:
-            raise Stopped(pace.stop_signal)
+        scheduler.after_training()
+        if scheduler.stop_signal:
+            raise Stopped(scheduler.stop_signal)
 
 
 def compile_train_steps(run: Run, loop_state: LoopState) -> TakeSteps:
@@ -101,10 +101,10 @@ def open_board(config: Config, loop_state: LoopState) -> Board:
     return Board(folder, loop_state.step, loop_state.records)
 
 
-def train_for_a_call(
-    run: Run, loop_state: LoopState, take_steps: TakeSteps, pace: Pace
+def train_chunk(
+    run: Run, loop_state: LoopState, take_steps: TakeSteps, scheduler: ChunkScheduler
 ) -> LoopState:
-    """Train one chunk of steps within the epoch, and let the pace choose the next one.
+    """Train one chunk of steps within the epoch, and let the scheduler choose the next one.
 
     Donates the arrays of `loop_state`.
 
@@ -113,7 +113,11 @@ def train_for_a_call(
     """
     started, step = time.perf_counter(), loop_state.step
     state, metrics = take_steps(
-        loop_state.state, loop_state.metrics, run.datasets["train"], run.keys, np.int32(pace.steps)
+        loop_state.state,
+        loop_state.metrics,
+        run.datasets["train"],
+        run.keys,
+        np.int32(scheduler.steps),
     )
     jax.block_until_ready((state, metrics))
     seconds = time.perf_counter() - started
@@ -125,7 +129,7 @@ def train_for_a_call(
             f"the loss became {loop_state.loss} by step {loop_state.step}: lower --learning-rate; "
             f"the last checkpoint is from before that step"
         )
-    pace.after_call(loop_state.step, loop_state.step - step, seconds)
+    scheduler.after_chunk(loop_state.step, loop_state.step - step, seconds)
     return loop_state
 
 

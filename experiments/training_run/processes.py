@@ -21,7 +21,7 @@ LOST_PROCESS_SECONDS = 30
 def joined(config: Config) -> Iterator[None]:
     """Set a mesh over the devices of all processes; only the first process prints."""
     if config.distributed:
-        # Otherwise JAX would handle SIGTERM; `Pace` shares it with all processes.
+        # Otherwise JAX would handle SIGTERM; `ChunkScheduler` shares it with all processes.
         jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
             config.coordinator,

@@ -17,11 +17,11 @@ from flax.training.train_state import TrainState
 
 from experiments.harness.stopping import Stopped, StopRequests
 from experiments.training_run import environment, from_config, run_files
-from experiments.training_run.board import Board
 from experiments.training_run.chunks import ChunkScheduler
 from experiments.training_run.config import Config
 from experiments.training_run.console import Progress, duration, warn
 from experiments.training_run.loop_state import LoopState, Run, save
+from experiments.training_run.metric_writer import MetricWriter
 from lstm_flax import checkpoints, training
 from lstm_flax.training import Metrics
 
@@ -48,18 +48,18 @@ def train(run: Run, loop_state: LoopState, stop: StopRequests) -> None:
         Progress(
             config.epochs * images, loop_state.epochs * images + loop_state.images
         ) as progress,
-        open_board(config, loop_state) as board,
+        open_metric_writer(config, loop_state) as writer,
         stop.deferred(),
     ):
         while loop_state.epochs < config.epochs and not scheduler.stop_signal:
             loop_state = train_chunk(run, loop_state, take_steps, scheduler)
             progress.advance(loop_state.epochs * images + loop_state.images, loop_state.loss)
-            board.advance(loop_state.step, loop_state.loss)
+            writer.write_running_loss(loop_state.step, loop_state.loss)
             if is_end_of_epoch := loop_state.images == images:
                 loop_state = end_epoch(run, loop_state)
                 run_files.append_metrics(config.workdir, loop_state.records[-1])
                 progress.epoch(loop_state.records[-1], config.epochs)
-                board.epoch(loop_state.records[-1])
+                writer.write_epoch(loop_state.records[-1])
             if is_end_of_epoch or scheduler.is_save_due or scheduler.stop_signal:
                 save(run, loop_state)
         checkpoints.wait(run.manager)
@@ -94,11 +94,11 @@ def compile_train_steps(run: Run, loop_state: LoopState) -> TakeSteps:
     return compiled
 
 
-def open_board(config: Config, loop_state: LoopState) -> Board:
+def open_metric_writer(config: Config, loop_state: LoopState) -> MetricWriter:
     """Open the TensorBoard writer at this step; without `--tensorboard` it does nothing."""
     is_wanted = config.tensorboard and run_files.is_writer()
     folder = run_files.tensorboard_path(config.workdir) if is_wanted else None
-    return Board(folder, loop_state.step, loop_state.records)
+    return MetricWriter(folder, loop_state.step, loop_state.records)
 
 
 def train_chunk(

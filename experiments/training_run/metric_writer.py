@@ -34,7 +34,7 @@ TAGS = {
 """Tags of an epoch's metrics, by name in metrics.jsonl; the part before / is a group."""
 
 
-class Board:
+class MetricWriter:
     """Writes a run's scalars by step, in a background thread; without a folder, does nothing."""
 
     def __init__(self, folder: Path | None, step: int, records: list[dict[str, Any]]):
@@ -69,9 +69,9 @@ class Board:
         done = {event.step for event in kept if TAGS["test_loss"] in tags(event)}
         for record in records:
             if record["step"] not in done:
-                self.epoch(record)
+                self.write_epoch(record)
 
-    def __enter__(self) -> "Board":
+    def __enter__(self) -> "MetricWriter":
         return self
 
     def __exit__(self, *exception) -> None:
@@ -79,11 +79,11 @@ class Board:
             with run_files.writing(self._folder):
                 self._writer.close()
 
-    def advance(self, step: int, loss: float) -> None:
+    def write_running_loss(self, step: int, loss: float) -> None:
         """Write the mean training loss over the epoch so far."""
         self._add({RUNNING: loss}, step)
 
-    def epoch(self, record: Mapping[str, Any]) -> None:
+    def write_epoch(self, record: Mapping[str, Any]) -> None:
         """Write an epoch's metrics."""
         values = {tag: record[name] for name, tag in TAGS.items() if name in record}
         self._add(values, record["step"])

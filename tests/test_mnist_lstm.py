@@ -9,7 +9,7 @@ import pytest
 from small_runs import SMALL, command, read_eval, read_lines, start
 
 from experiments import mnist_lstm
-from experiments.training_run.console import Progress, duration
+from experiments.training_run.console import ProgressBar, duration
 
 
 def test_train_evaluate_and_run_again(run, tmp_path):
@@ -121,13 +121,13 @@ def test_the_lines_of_the_epochs_fit_80_columns_and_stand_below_each_other(capsy
     values = [  # loss, accuracy, images a second, seconds
         (2.30259, 0.0, 99, 0.004), (0.0000004, 1.0, 12_345.6, 9.96), (12.3456789, 0.98765, 5e5, 599)
     ]  # fmt: skip
-    with Progress(epochs * 60_000, 0) as progress:
+    with ProgressBar(epochs * 60_000, 0) as progress:
         for epoch, (loss, accuracy, speed, seconds) in zip((1, 2, epochs), values, strict=True):
             record = {"epoch": epoch, "step": 469 * epoch}
             record |= {f"{split}_loss": loss for split in splits}
             record |= {f"{split}_accuracy": accuracy for split in splits}
             record |= {"images_per_second": speed, "seconds": seconds}
-            progress.epoch(record, epochs)
+            progress.print_epoch(record, epochs)
     header, *lines = capsys.readouterr().out.splitlines()
     assert header.split()[0] == "step"
     assert header.count("loss %") == len(splits)

@@ -39,7 +39,7 @@ def without_echoes() -> Iterator[None]:
         sys.unraisablehook = shown
 
 
-class Progress:
+class ProgressBar:
     """A progress bar over the images of a whole run on a terminal, and plain lines elsewhere."""
 
     def __init__(self, images: int, done: int):
@@ -53,18 +53,18 @@ class Progress:
             disable=jax.process_index() > 0 or not sys.stderr.isatty(),
         )
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(self, *exception) -> None:
         self._bar.close()
 
-    def advance(self, done: int, loss: float) -> None:
+    def update(self, done: int, loss: float) -> None:
         """Show how many images are done, and the mean loss over the epoch so far."""
         self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         self._bar.update(done - self._bar.n)
 
-    def epoch(self, record: dict[str, Any], epochs: int) -> None:
+    def print_epoch(self, record: dict[str, Any], epochs: int) -> None:
         """Print an epoch's line, and the column titles before the first one."""
         splits = [name for name in ("train", "validation", "test") if f"{name}_loss" in record]
         last_step = record["step"] * epochs // record["epoch"]

@@ -19,7 +19,7 @@ from experiments.harness.stopping import Stopped, StopRequests
 from experiments.training_run import environment, from_config, run_files
 from experiments.training_run.chunks import ChunkScheduler
 from experiments.training_run.config import Config
-from experiments.training_run.console import Progress, duration, warn
+from experiments.training_run.console import ProgressBar, duration, warn
 from experiments.training_run.loop_state import LoopState, Run, save
 from experiments.training_run.metric_writer import MetricWriter
 from lstm_flax import checkpoints, training
@@ -45,7 +45,7 @@ def train(run: Run, loop_state: LoopState, stop: StopRequests) -> None:
     take_steps = compile_train_steps(run, loop_state)
     scheduler = ChunkScheduler(*config.save_interval, stop)
     with (
-        Progress(
+        ProgressBar(
             config.epochs * images, loop_state.epochs * images + loop_state.images
         ) as progress,
         open_metric_writer(config, loop_state) as writer,
@@ -53,12 +53,12 @@ def train(run: Run, loop_state: LoopState, stop: StopRequests) -> None:
     ):
         while loop_state.epochs < config.epochs and not scheduler.stop_signal:
             loop_state = train_chunk(run, loop_state, take_steps, scheduler)
-            progress.advance(loop_state.epochs * images + loop_state.images, loop_state.loss)
+            progress.update(loop_state.epochs * images + loop_state.images, loop_state.loss)
             writer.write_running_loss(loop_state.step, loop_state.loss)
             if is_end_of_epoch := loop_state.images == images:
                 loop_state = end_epoch(run, loop_state)
                 run_files.append_metrics(config.workdir, loop_state.records[-1])
-                progress.epoch(loop_state.records[-1], config.epochs)
+                progress.print_epoch(loop_state.records[-1], config.epochs)
                 writer.write_epoch(loop_state.records[-1])
             if is_end_of_epoch or scheduler.is_save_due or scheduler.stop_signal:
                 save(run, loop_state)

@@ -168,7 +168,7 @@ def evaluate_result(run: Run, like: TrainState) -> None:
     evaluation = {
         "step": restored.step,
         "dataset": config.dataset,
-        **loop.figures("test", metrics),
+        **loop.metric_dict("test", metrics),
         "correct": int(metrics.correct),
         "total": int(metrics.count),
         "params_sha256": run_files.params_sha256(state.params),

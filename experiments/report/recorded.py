@@ -33,7 +33,7 @@ class Bounds(NamedTuple):
         return is_kind and not isinstance(value, bool) and self.low <= value <= self.high  # type: ignore[operator]
 
 
-FIGURES = {
+EPOCH_METRICS = {
     "epoch": Bounds(int, 1, MOST_EPOCHS),
     "step": Bounds(int, 1, 1e12),
     "train_loss": Bounds(float, 0, 1e12),
@@ -54,15 +54,15 @@ COUNTS = {
 
 
 def read_epochs(workdir: Path) -> list[dict[str, Any]]:
-    """Return `FIGURES` and the device of each epoch, in order; [] without epochs.
+    """Return `EPOCH_METRICS` and the device of each epoch, in order; [] without epochs.
 
     Raises:
         RunFilesError: a number is out of bounds, or the file can't be read.
     """
     epochs: list[dict[str, Any]] = []
     for place, line in _objects(run_files.metrics_path(workdir)):
-        if FIGURES.keys() <= line.keys():
-            epoch = _checked(place, line, FIGURES)
+        if EPOCH_METRICS.keys() <= line.keys():
+            epoch = _checked(place, line, EPOCH_METRICS)
             if epochs and epoch["epoch"] <= epochs[-1]["epoch"]:
                 raise RunFilesError(f"{place}: its epoch is out of order")
             epochs.append(epoch | {"device": _fact(line.get("device"))})

@@ -137,9 +137,9 @@ def end_epoch(run: Run, loop_state: LoopState) -> LoopState:
     """Evaluate after an epoch's last step, and add a record of the epoch's metrics."""
     started = time.perf_counter()
     record: dict[str, Any] = {"epoch": loop_state.epochs + 1, "step": loop_state.step}
-    record |= figures("train", loop_state.metrics)
+    record |= metric_dict("train", loop_state.metrics)
     for name in run.datasets.keys() - {"train"}:
-        record |= figures(name, evaluate(run, loop_state.state, name))
+        record |= metric_dict(name, evaluate(run, loop_state.state, name))
     record |= {
         "images_per_second": loop_state.images / loop_state.training_seconds,
         "seconds": loop_state.training_seconds + time.perf_counter() - started,
@@ -159,7 +159,7 @@ def evaluate(run: Run, state: TrainState, split: str) -> Metrics:
     )
 
 
-def figures(split: str, metrics: Metrics) -> dict[str, float]:
+def metric_dict(split: str, metrics: Metrics) -> dict[str, float]:
     """Return loss and accuracy on a split, named as in metrics.jsonl."""
     return {
         f"{split}_loss": float(metrics.loss),

@@ -97,9 +97,9 @@ class Saved(NamedTuple):
 
 def _is_record(epoch: int, record: dict[str, Any]) -> bool:
     """Whether a record can be that of an epoch; its metrics are numbers, perhaps infinite."""
-    figures = [value for name, value in record.items() if name not in ("dataset", "device")]
+    metrics = [value for name, value in record.items() if name not in ("dataset", "device")]
     return (
-        all(isinstance(value, int | float) for value in figures)
+        all(isinstance(value, int | float) for value in metrics)
         and record["epoch"] == epoch <= MOST_EPOCHS
         and _is_number(record["step"])
         and _is_number(record["seconds"])

@@ -24,7 +24,7 @@ from experiments.harness.command import command
 from experiments.harness.stopping import Stopped, StopRequests
 from experiments.harness.usage import UsageError, check_fills_batch, command_line, counted
 from experiments.training_run import environment, from_config, loop, processes, run_files
-from experiments.training_run.config import Config, of_the_run, parse
+from experiments.training_run.config import Config, hyperparameters, parse
 from experiments.training_run.console import print_summary, warn, without_echoes
 from experiments.training_run.loop import TrainingError
 from experiments.training_run.loop_state import LoopState, Run, Saved, check_epochs, resume
@@ -132,7 +132,7 @@ def train(run: Run, fresh: TrainState, stop: StopRequests) -> None:
     """Train from the newest intact checkpoint, or from a fresh state, to the last epoch."""
     loop_state, config = resume(run, LoopState.at_start(fresh)), run.config
     # Whatever happened to these files, the checkpoint knows what they held.
-    run_files.write_json(run_files.config_path(config.workdir), of_the_run(config))
+    run_files.write_json(run_files.config_path(config.workdir), hyperparameters(config))
     run_files.write_metrics(config.workdir, loop_state.records)
     if loop_state.epochs >= config.epochs:
         print(f"run     finished at step {loop_state.step}")

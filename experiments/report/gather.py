@@ -9,7 +9,7 @@ import numpy as np
 from experiments.read_digit.reading import Mistakes, find_mistakes
 from experiments.report import recorded
 from experiments.training_run import from_config
-from experiments.training_run.config import Config, of_the_run
+from experiments.training_run.config import Config, hyperparameters
 from experiments.training_run.restored import classify, read_config, restore_run
 from lstm_flax import data
 from lstm_flax.checkpoints import CheckpointError
@@ -152,7 +152,7 @@ def what_epochs_are_missing(records: Sequence[Mapping[str, Any]], epochs: int) -
 
 def differing_flags(runs: Sequence[Gathered]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     """Return the flags that differ, with the value of each run, and those in common."""
-    values = [of_the_run(run.config) for run in runs]
+    values = [hyperparameters(run.config) for run in runs]
     by_flag = {f"--{name.replace('_', '-')}": [of[name] for of in values] for name in values[0]}
     differing = {flag: of for flag, of in by_flag.items() if any(one != of[0] for one in of)}
     common = {flag: of[0] for flag, of in by_flag.items() if flag not in differing}

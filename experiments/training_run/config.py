@@ -125,7 +125,7 @@ RECIPES: dict[RecipeName, dict[str, Any]] = {
 """
 
 # Where a run is, how it is saved and on which machines it runs does not change what it learns.
-_NOT_OF_THE_RUN = (
+_NOT_HYPERPARAMETERS = (
     "workdir", "data_dir", "manual_dir", "checkpoint_every", "tensorboard", "shard_optimizer",
     "distributed", "coordinator", "num_processes", "process_id", "eval_only", "step",
 )  # fmt: skip
@@ -154,7 +154,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     config = _read(argv, run)
     if config.dataset == "auto":
         config = dataclasses.replace(config, dataset=run.dataset)
-    if differing := differences(config, of_the_run(run)):
+    if differing := config_diff(config, hyperparameters(run)):
         raise UsageError(
             f"{config.workdir} holds another run: {'; '.join(differing)}; "
             f"pass the run's values or another --workdir"
@@ -190,7 +190,7 @@ def stored_config(config: Config) -> Config | None:
     if stored is None:
         return None
     path = run_files.config_path(config.workdir)
-    kinds = {name: get_type_hints(Config)[name] for name in of_the_run(config)}
+    kinds = {name: get_type_hints(Config)[name] for name in hyperparameters(config)}
     for name, value in stored.items():
         if name not in kinds:
             raise RunFilesError(f"{path}: {name!r} is unknown")
@@ -215,21 +215,21 @@ def _is_of(value: Any, kind: Any) -> bool:
     return type(value) is kind
 
 
-def differences(config: Config, run: dict[str, Any]) -> list[str]:
+def config_diff(config: Config, run: dict[str, Any]) -> list[str]:
     """Return how a configuration differs from a run's, apart from the number of epochs."""
     # A run from before a flag existed did what is now the flag's default.
-    run = of_the_run(Config()) | run
+    run = hyperparameters(Config()) | run
     return [
         f"--{name.replace('_', '-')} is {value}, but the run's is {run[name]!s:.50}"
-        for name, value in of_the_run(config).items()
+        for name, value in hyperparameters(config).items()
         if name != "epochs" and value != run[name]
     ]
 
 
-def of_the_run(config: Config) -> dict[str, int | float | str | bool]:
+def hyperparameters(config: Config) -> dict[str, int | float | str | bool]:
     """Return the values that determine what a run learns, as config.json holds them."""
     values = dataclasses.asdict(config)
-    return {name: value for name, value in values.items() if name not in _NOT_OF_THE_RUN}
+    return {name: value for name, value in values.items() if name not in _NOT_HYPERPARAMETERS}
 
 
 def _bounds(config: Config) -> Iterator[tuple[str, bool, str]]:

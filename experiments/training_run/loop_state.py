@@ -8,7 +8,7 @@ from flax.training.train_state import TrainState
 
 from experiments.harness.usage import UsageError
 from experiments.training_run import run_files
-from experiments.training_run.config import MOST_EPOCHS, Config, differences, of_the_run
+from experiments.training_run.config import MOST_EPOCHS, Config, config_diff, hyperparameters
 from experiments.training_run.console import warn
 from lstm_flax import checkpoints, training
 from lstm_flax.training import Batch, Keys, Metrics
@@ -144,7 +144,7 @@ def resume(run: Run, fresh: LoopState) -> LoopState:
         return fresh
     restored, damages = checkpoints.restore_first(run.manager, fresh.tree, steps)
     saved = Saved.of(restored.step, restored.metadata)
-    if differing := differences(run.config, saved.config):
+    if differing := config_diff(run.config, saved.config):
         raise checkpoints.CheckpointError(
             f"the checkpoints in {run.manager.directory} are another run's: {'; '.join(differing)}"
         )
@@ -161,7 +161,7 @@ def resume(run: Run, fresh: LoopState) -> LoopState:
 def save(run: Run, loop_state: LoopState) -> None:
     """Start to save the state of the loop as a checkpoint."""
     metadata = Saved(
-        of_the_run(run.config), loop_state.records, loop_state.training_seconds
+        hyperparameters(run.config), loop_state.records, loop_state.training_seconds
     )._asdict()
     is_between_epochs = loop_state.images == 0
     metrics = loop_state.records[-1] if is_between_epochs else {}

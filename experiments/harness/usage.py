@@ -156,7 +156,7 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def tell(doing: str) -> None:
+def print_status(doing: str) -> None:
     """Print what the command does now, before a wait without output."""
     print(f"{doing} ...", file=sys.stderr, flush=True)
 

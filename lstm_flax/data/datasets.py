@@ -39,7 +39,7 @@ class Split(NamedTuple):
         return {"image": self.images, "label": self.labels}
 
 
-def say_at_once(line: str) -> None:
+def print_flushed(line: str) -> None:
     """Print a line and flush it, so that it appears before a wait even in a pipe."""
     print(line, flush=True)
 
@@ -48,7 +48,7 @@ def prepare(
     name: str,
     data_dir: Path | None = None,
     manual_dir: Path | None = None,
-    tell: Callable[[str], None] = say_at_once,
+    log: Callable[[str], None] = print_flushed,
 ) -> tfds.core.DatasetBuilder:
     """Prepare a dataset, unless it is prepared already, and return its builder.
 
@@ -58,14 +58,14 @@ def prepare(
         data_dir: tfds's folder; None is tfds's default, `~/tensorflow_datasets`.
         manual_dir: folder with the four original IDX `.gz` files, used instead of a download. A
             missing or damaged file in it is an error.
-        tell: called with a line before something that takes long, and with a warning if "auto"
+        log: called with a line before something that takes long, and with a warning if "auto"
             chooses the 5,000 digits.
 
     Raises:
         DataError: a file is missing, damaged or from another dataset, or can't be downloaded.
     """
     if name == "auto":
-        name = _choose(data_dir, manual_dir, tell)
+        name = _choose(data_dir, manual_dir, log)
     builder = _builder(name, data_dir)
     if builder.is_prepared():
         return builder
@@ -83,7 +83,7 @@ def prepare(
         if not builder.is_prepared():  # another process may have prepared it meanwhile
             for leftover in folder.glob("incomplete.*"):
                 shutil.rmtree(leftover)
-            _generate(builder, manual_dir, tell)
+            _generate(builder, manual_dir, log)
     return builder
 
 
@@ -152,7 +152,7 @@ def hold_out(split: Split, size: int, seed: int) -> tuple[Split, Split]:
     return Split(*(a[kept] for a in split)), Split(*(a[held_out] for a in split))
 
 
-def _choose(data_dir: Path | None, manual_dir: Path | None, tell: Callable[[str], None]) -> str:
+def _choose(data_dir: Path | None, manual_dir: Path | None, log: Callable[[str], None]) -> str:
     """Return the dataset that "auto" means on this machine."""
     mnist = _builder("mnist", data_dir)
     if manual_dir is not None or mnist.is_prepared():
@@ -160,7 +160,7 @@ def _choose(data_dir: Path | None, manual_dir: Path | None, tell: Callable[[str]
     obstacle = _unreachable(mnist.URL)
     if obstacle is None:
         return "mnist"
-    tell(
+    log(
         f"WARNING: MNIST can't be downloaded ({obstacle}): using mnist5k, 5,000 of its digits, "
         f"instead; expect lower accuracy. For all of MNIST, pass --manual-dir."
     )
@@ -195,9 +195,9 @@ def _alone_in(folder: Path) -> Iterator[Path]:
 
 
 def _generate(
-    builder: tfds.core.DatasetBuilder, manual_dir: Path | None, tell: Callable[[str], None]
+    builder: tfds.core.DatasetBuilder, manual_dir: Path | None, log: Callable[[str], None]
 ) -> None:
-    tell(f"preparing {builder.name} in {builder.data_dir}")
+    log(f"preparing {builder.name} in {builder.data_dir}")
     config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
     tfds.disable_progress_bar()  # it would show six bars for two seconds
     try:

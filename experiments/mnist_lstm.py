@@ -55,7 +55,7 @@ def run(config: Config, stop: StopRequests) -> None:
     """Train or resume a run and evaluate its result, or only evaluate it."""
     check_epochs(config)
     stop.outlook = partial(outlook, config)
-    with processes.joined(config):
+    with processes.distributed_context(config):
         builder = data.prepare(config.dataset, config.data_dir, config.manual_dir)
         config = dataclasses.replace(config, dataset=builder.name)
         splits = load_splits(config, builder)

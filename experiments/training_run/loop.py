@@ -96,7 +96,7 @@ def compile_train_steps(run: Run, loop_state: LoopState) -> TakeSteps:
 
 def open_metric_writer(config: Config, loop_state: LoopState) -> MetricWriter:
     """Open the TensorBoard writer at this step; without `--tensorboard` it does nothing."""
-    is_wanted = config.tensorboard and run_files.is_writer()
+    is_wanted = config.tensorboard and run_files.is_primary_process()
     folder = run_files.tensorboard_path(config.workdir) if is_wanted else None
     return MetricWriter(folder, loop_state.step, loop_state.records)
 

@@ -150,7 +150,7 @@ def resume(run: Run, fresh: LoopState) -> LoopState:
         )
     if damages:
         damaged = [step for step in steps if step > restored.step]
-        folder = run_files.set_aside(run.config.workdir, damaged)
+        folder = run_files.quarantine(run.config.workdir, damaged)
         run.manager.reload()
         warn(f"moved damaged checkpoints to {folder} ({'; '.join(map(str, damages))})")
     return LoopState(

@@ -18,7 +18,7 @@ LOST_PROCESS_SECONDS = 30
 
 
 @contextlib.contextmanager
-def joined(config: Config) -> Iterator[None]:
+def distributed_context(config: Config) -> Iterator[None]:
     """Set a mesh over the devices of all processes; only the first process prints."""
     if config.distributed:
         # Otherwise JAX would handle SIGTERM; `ChunkScheduler` shares it with all processes.

@@ -178,7 +178,7 @@ def write_metrics(workdir: Path, records: list[dict[str, Any]]) -> None:
 def append_metrics(workdir: Path, record: dict[str, Any]) -> None:
     """Append the metrics of an epoch."""
     path = metrics_path(workdir)
-    if is_writer():
+    if is_primary_process():
         with writing(path), open_to_change(path, os.O_APPEND | os.O_CREAT) as file:
             file.write(json.dumps(record).encode() + b"\n")
 
@@ -199,14 +199,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [entry for entry in objects if isinstance(entry, dict)]
 
 
-def set_aside(workdir: Path, steps: list[int]) -> Path:
+def quarantine(workdir: Path, steps: list[int]) -> Path:
     """Move damaged checkpoints out of the way, and return the folder that now holds them.
 
     Raises:
         RunFilesError: a checkpoint can't be moved.
     """
     folder = damaged_path(workdir)
-    if is_writer():
+    if is_primary_process():
         with writing(folder):
             folder.mkdir(exist_ok=True)
         for step in steps:
@@ -228,7 +228,7 @@ def lock(workdir: Path) -> Iterator[None]:
     Raises:
         RunFilesError: a live run has it, or it can't be written.
     """
-    if not is_writer():
+    if not is_primary_process():
         yield
         return
     with writing(workdir):
@@ -253,7 +253,7 @@ def lock(workdir: Path) -> Iterator[None]:
         yield
 
 
-def is_writer() -> bool:
+def is_primary_process() -> bool:
     """Whether this process writes files: of all that train together, only the first does."""
     return jax.process_index() == 0
 
@@ -288,7 +288,7 @@ def _write_lines(path: Path, entries: list[dict[str, Any]]) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    if is_writer():
+    if is_primary_process():
         with writing(path), replacing(path) as new:
             new.write_text(text)
 

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return processes.fail(UsageError(str(error).splitlines()[0]))
     except Stopped as stopped:
-        stopping.REQUESTS.say(stopped)
+        stopping.REQUESTS.announce(stopped)
         return 128 + stopped.signal
     return 0
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: Config, stop: StopRequests) -> None:
     """Train or resume a run and evaluate its result, or only evaluate it."""
     check_epochs(config)
-    stop.outlook = partial(outlook, config)
+    stop.hint = partial(stop_hint, config)
     with processes.distributed_context(config):
         builder = data.prepare(config.dataset, config.data_dir, config.manual_dir)
         config = dataclasses.replace(config, dataset=builder.name)
@@ -75,7 +75,7 @@ def run(config: Config, stop: StopRequests) -> None:
             evaluate_result(run, state)
 
 
-def outlook(config: Config) -> str:
+def stop_hint(config: Config) -> str:
     """Return what the same command will do after this one was stopped."""
     if config.eval_only:
         return ""

@@ -144,7 +144,7 @@ def test_a_signal_at_any_of_twenty_moments_stops_the_run_in_one_line(
 def test_a_stop_that_was_deferred_comes_at_the_latest_at_the_end():
     stop = StopRequests()
     with pytest.raises(Stopped, match="SIGTERM"), stop.deferred():
-        stop.ask(signal.SIGTERM)
+        stop.request(signal.SIGTERM)
 
 
 def test_checkpoints_within_an_epoch_are_taken_by_steps_or_by_time(run, tmp_path):

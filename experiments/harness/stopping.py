@@ -32,13 +32,13 @@ class Stopped(Exception):
 class StopRequests:
     """The stop signals that this process has received.
 
-    A signal ends the process immediately. Within `deferred` it only sets `asked`, so that the
+    A signal ends the process immediately. Within `deferred` it only sets `received`, so that the
     program can stop at a good moment; a second signal then ends the process immediately.
     """
 
     def __init__(self):
-        self.asked = 0  # the number of the signal; 0 before one arrives
-        self.outlook: Callable[[], str] = lambda: ""
+        self.received = 0  # the number of the signal; 0 before one arrives
+        self.hint: Callable[[], str] = lambda: ""
         """Returns the end of the line that says that the process stops: how to continue."""
         self._is_deferred = False
         self._lock = threading.Lock()
@@ -55,14 +55,14 @@ class StopRequests:
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         for number in SIGNALS:
-            signal.signal(number, _heard_elsewhere)
-        threading.Thread(target=self._hear, args=(reading,), daemon=True, name="signals").start()
+            signal.signal(number, _left_to_thread)
+        threading.Thread(target=self._receive, args=(reading,), daemon=True, name="signals").start()
         # Registered first, so called last: by then there is nothing left to stop.
         atexit.register(self._ignore)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Let signals wait until the body checks `asked`.
+        """Let signals wait until the body checks `received`.
 
         Raises:
             Stopped: at the end of the body, if a signal has arrived.
@@ -74,28 +74,30 @@ class StopRequests:
         finally:
             with self._lock:
                 self._is_deferred = False
-        if self.asked:
-            raise Stopped(self.asked)
+        if self.received:
+            raise Stopped(self.received)
 
-    def say(self, stopped: Stopped) -> None:
+    def announce(self, stopped: Stopped) -> None:
         """Print one line that says that the process stops."""
-        _tell(f"stopped by {stopped}{self.outlook()}")
+        _print_line(f"stopped by {stopped}{self.hint()}")
 
-    def _hear(self, reading: int) -> None:
+    def _receive(self, reading: int) -> None:
         while True:
             for number in os.read(reading, 1):
                 # A server installs handlers of its own.
-                if number in SIGNALS and signal.getsignal(number) is _heard_elsewhere:
-                    self.ask(number)
+                if number in SIGNALS and signal.getsignal(number) is _left_to_thread:
+                    self.request(number)
 
-    def ask(self, number: int) -> None:
+    def request(self, number: int) -> None:
         """Ask the process to stop, as this signal does; returns only while deferred."""
         with self._lock:
-            if self._is_deferred and not self.asked:
-                self.asked = number
-                _tell("stopping after this step and saving; a second signal stops immediately")
+            if self._is_deferred and not self.received:
+                self.received = number
+                _print_line(
+                    "stopping after this step and saving; a second signal stops immediately"
+                )
                 return
-            self.say(Stopped(number))
+            self.announce(Stopped(number))
             os._exit(128 + number)
 
     @staticmethod
@@ -108,11 +110,11 @@ REQUESTS = StopRequests()
 """The stop signals of this process."""
 
 
-def _heard_elsewhere(number: int, frame: object) -> None:
+def _left_to_thread(number: int, frame: object) -> None:
     """Do nothing: this replaces Python's handlers, and `StopRequests` receives the signal."""
 
 
-def _tell(line: str) -> None:
+def _print_line(line: str) -> None:
     if sys.stderr:
         begin = "\n" if sys.stderr.isatty() else ""  # after ^C, or a progress bar
         with contextlib.suppress(OSError, ValueError):

@@ -36,7 +36,7 @@ class ChunkScheduler:
             steps = min(steps, self._every_steps - step % self._every_steps)
         elif self._every_seconds:
             is_due = time.perf_counter() - self._saved >= self._every_seconds
-        agreed = _allgather(steps, is_due, self._stop.asked)
+        agreed = _allgather(steps, is_due, self._stop.received)
         self.steps, self.is_save_due = int(agreed[0, 0]), bool(agreed[0, 1])
         self.stop_signal = int(agreed[:, 2].max())
         if self.is_save_due:
@@ -44,7 +44,7 @@ class ChunkScheduler:
 
     def after_training(self) -> None:
         """Check for a request to stop after the last chunk."""
-        self.stop_signal = int(_allgather(self._stop.asked).max())
+        self.stop_signal = int(_allgather(self._stop.received).max())
 
 
 def _allgather(*values: int) -> np.ndarray:

@@ -25,9 +25,15 @@ from experiments.harness.stopping import Stopped, StopRequests
 from experiments.harness.usage import UsageError, check_fills_batch, command_line, counted
 from experiments.training_run import environment, from_config, loop, processes, run_files
 from experiments.training_run.config import Config, hyperparameters, parse
-from experiments.training_run.console import print_summary, warn, without_echoes
+from experiments.training_run.console import hide_repeated_tracebacks, print_summary, warn
 from experiments.training_run.loop import TrainingError
-from experiments.training_run.loop_state import LoopState, Run, Saved, check_epochs, resume
+from experiments.training_run.loop_state import (
+    CheckpointMetadata,
+    LoopState,
+    RunContext,
+    check_epochs,
+    resume,
+)
 from experiments.training_run.run_files import RunFilesError
 from lstm_flax import checkpoints, data, training
 from lstm_flax.checkpoints import CheckpointError
@@ -39,7 +45,7 @@ from lstm_flax.training import Keys
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the experiment from a command line and return the exit status."""
     try:
-        with without_echoes():
+        with hide_repeated_tracebacks():
             run(parse(argv), stopping.REQUESTS)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
@@ -63,7 +69,7 @@ def run(config: Config, stop: StopRequests) -> None:
         datasets = training.replicate({name: split.arrays for name, split in splits.items()})
         keys = training.replicate(Keys.from_seed(config.seed))
         with open_workdir(config) as manager:
-            run = Run(config, datasets, keys, manager)
+            run = RunContext(config, datasets, keys, manager)
             num_images = len(splits["train"].labels)
             if config.eval_only and not config.shard_optimizer:
                 state = from_config.abstract_state(config)
@@ -114,7 +120,7 @@ def open_workdir(config: Config) -> Iterator[ocp.CheckpointManager]:
         yield stack.enter_context(checkpoints.open_checkpoints(path, read_only=config.eval_only))
 
 
-def describe(run: Run, state: TrainState) -> None:
+def describe(run: RunContext, state: TrainState) -> None:
     """Print the data, the model and the device."""
     config = run.config
     names = [name for name in ("train", "validation", "test") if name in run.datasets]
@@ -128,7 +134,7 @@ def describe(run: Run, state: TrainState) -> None:
     print(f"device  {environment.device_name()}, {from_config.implementation(config)}")
 
 
-def train(run: Run, fresh: TrainState, stop: StopRequests) -> None:
+def train(run: RunContext, fresh: TrainState, stop: StopRequests) -> None:
     """Train from the newest intact checkpoint, or from a fresh state, to the last epoch."""
     loop_state, config = resume(run, LoopState.at_start(fresh)), run.config
     # Whatever happened to these files, the checkpoint knows what they held.
@@ -145,14 +151,16 @@ def train(run: Run, fresh: TrainState, stop: StopRequests) -> None:
 
 def record_start(config: Config, step: int) -> None:
     """Record software and hardware for training from a step on; a failure only warns."""
-    start = environment.of_start(step) | {"implementation": str(from_config.implementation(config))}
+    start = environment.start_record(step) | {
+        "implementation": str(from_config.implementation(config))
+    }
     try:
         run_files.append_environment(config.workdir, start)
     except RunFilesError as error:
         warn(str(error))
 
 
-def evaluate_result(run: Run, like: TrainState) -> None:
+def evaluate_result(run: RunContext, like: TrainState) -> None:
     """Restore the result or the checkpoint of `--step`, evaluate it, and print and save that."""
     config, manager, tree = run.config, run.manager, LoopState.at_start(like).tree
     if config.step is None:
@@ -175,7 +183,7 @@ def evaluate_result(run: Run, like: TrainState) -> None:
     }
     print_summary(
         evaluation,
-        Saved.of(restored.step, restored.metadata).records,
+        CheckpointMetadata.parse(restored.step, restored.metadata).records,
         Path(manager.directory) / str(restored.step),
         evaluation_command(config),
     )

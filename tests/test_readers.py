@@ -17,7 +17,7 @@ from experiments.predict.digit_image import FORMATS, DigitImageError, read_digit
 from experiments.report import recorded
 from experiments.training_run import run_files
 from experiments.training_run.config import Config, hyperparameters, stored_config
-from experiments.training_run.loop_state import Saved
+from experiments.training_run.loop_state import CheckpointMetadata
 from experiments.training_run.run_files import RunFilesError
 from lstm_flax import checkpoints
 from lstm_flax.checkpoints import DamagedError
@@ -123,7 +123,7 @@ def test_a_checkpoints_description_is_one_or_is_damaged(tmp_path_factory, values
     with contextlib.suppress(DamagedError):
         description = checkpoints.read_description(directory, 3)
         assert checkpoints.best_fn(description["metrics"], 3) >= (-np.inf, 3)
-        saved = Saved.of(3, description["about"])
+        saved = CheckpointMetadata.parse(3, description["about"])
         assert sum(record["seconds"] for record in saved.records) >= 0
 
 

@@ -20,7 +20,7 @@ def warn(message: str) -> None:
 
 
 @contextlib.contextmanager
-def without_echoes() -> Iterator[None]:
+def hide_repeated_tracebacks() -> Iterator[None]:
     """Hide tracebacks that only repeat an error.
 
     When one of Orbax's writes fails, Orbax raises that failure and closes the event loop that its

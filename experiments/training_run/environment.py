@@ -13,7 +13,7 @@ PACKAGES = ("lstm_flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 """Packages that a run's metrics may depend on."""
 
 
-def of_start(step: int) -> dict[str, Any]:
+def start_record(step: int) -> dict[str, Any]:
     """Return the line of environment.jsonl for a start of training at this step."""
     return {
         "step": step,

@@ -20,7 +20,7 @@ from experiments.training_run import environment, from_config, run_files
 from experiments.training_run.chunks import ChunkScheduler
 from experiments.training_run.config import Config
 from experiments.training_run.console import ProgressBar, duration, warn
-from experiments.training_run.loop_state import LoopState, Run, save
+from experiments.training_run.loop_state import LoopState, RunContext, save
 from experiments.training_run.metric_writer import MetricWriter
 from lstm_flax import checkpoints, training
 from lstm_flax.training import Metrics
@@ -33,7 +33,7 @@ class TrainingError(Exception):
     """Training can't continue; the message says what to change."""
 
 
-def train(run: Run, loop_state: LoopState, stop: StopRequests) -> None:
+def train(run: RunContext, loop_state: LoopState, stop: StopRequests) -> None:
     """Train from a state of the loop to the end of the last epoch.
 
     Raises:
@@ -68,7 +68,7 @@ def train(run: Run, loop_state: LoopState, stop: StopRequests) -> None:
             raise Stopped(scheduler.stop_signal)
 
 
-def compile_train_steps(run: Run, loop_state: LoopState) -> TakeSteps:
+def compile_train_steps(run: RunContext, loop_state: LoopState) -> TakeSteps:
     """Compile `training.train_steps` ahead of time, so that no measured time includes compiling.
 
     Prints a line before, because it takes long. Under `jax.disable_jit` nothing is compiled.
@@ -102,7 +102,7 @@ def open_metric_writer(config: Config, loop_state: LoopState) -> MetricWriter:
 
 
 def train_chunk(
-    run: Run, loop_state: LoopState, take_steps: TakeSteps, scheduler: ChunkScheduler
+    run: RunContext, loop_state: LoopState, take_steps: TakeSteps, scheduler: ChunkScheduler
 ) -> LoopState:
     """Train one chunk of steps within the epoch, and let the scheduler choose the next one.
 
@@ -133,7 +133,7 @@ def train_chunk(
     return loop_state
 
 
-def end_epoch(run: Run, loop_state: LoopState) -> LoopState:
+def end_epoch(run: RunContext, loop_state: LoopState) -> LoopState:
     """Evaluate after an epoch's last step, and add a record of the epoch's metrics."""
     started = time.perf_counter()
     record: dict[str, Any] = {"epoch": loop_state.epochs + 1, "step": loop_state.step}
@@ -149,7 +149,7 @@ def end_epoch(run: Run, loop_state: LoopState) -> LoopState:
     return LoopState.at_start_of_epoch(loop_state.state, [*loop_state.records, record])
 
 
-def evaluate(run: Run, state: TrainState, split: str) -> Metrics:
+def evaluate(run: RunContext, state: TrainState, split: str) -> Metrics:
     """Compute the metrics over a whole split."""
     return training.evaluate(
         state,

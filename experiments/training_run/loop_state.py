@@ -14,7 +14,7 @@ from lstm_flax import checkpoints, training
 from lstm_flax.training import Batch, Keys, Metrics
 
 
-class Run(NamedTuple):
+class RunContext(NamedTuple):
     """What a run uses from start to end."""
 
     config: Config
@@ -24,7 +24,7 @@ class Run(NamedTuple):
 
 
 class LoopState(NamedTuple):
-    """How far a run is; with the `Run`, it determines everything that follows."""
+    """How far a run is; with the `RunContext`, it determines everything that follows."""
 
     state: TrainState
     metrics: Metrics  # of the epoch so far
@@ -67,7 +67,7 @@ class LoopState(NamedTuple):
         return float(self.metrics.loss)
 
 
-class Saved(NamedTuple):
+class CheckpointMetadata(NamedTuple):
     """What a checkpoint holds beside its arrays."""
 
     config: dict[str, Any]  # of the run
@@ -75,7 +75,7 @@ class Saved(NamedTuple):
     training_seconds: float
 
     @classmethod
-    def of(cls, step: int, metadata: dict[str, Any]) -> "Saved":
+    def parse(cls, step: int, metadata: dict[str, Any]) -> "CheckpointMetadata":
         """Check and return the metadata of the checkpoint of a step, which may be untrusted.
 
         Raises:
@@ -120,7 +120,9 @@ def check_epochs(config: Config) -> None:
     planned, done = 0, len(run_files.read_lines(run_files.metrics_path(config.workdir)))
     for step in run_files.saved_steps(config.workdir):
         with contextlib.suppress(checkpoints.DamagedError):  # restoring reports it
-            saved = Saved.of(step, checkpoints.read_description(directory, step)["about"])
+            saved = CheckpointMetadata.parse(
+                step, checkpoints.read_description(directory, step)["about"]
+            )
             planned = max(planned, saved.config["epochs"])
             done = max(done, len(saved.records))
     if config.epochs < max(planned, done):
@@ -131,7 +133,7 @@ def check_epochs(config: Config) -> None:
         )
 
 
-def resume(run: Run, fresh: LoopState) -> LoopState:
+def resume(run: RunContext, fresh: LoopState) -> LoopState:
     """The state of the newest checkpoint that is intact, or `fresh` where there is none at all.
 
     Newer ones that are damaged are moved out of the way, and that is said.
@@ -143,7 +145,7 @@ def resume(run: Run, fresh: LoopState) -> LoopState:
     if not steps:
         return fresh
     restored, damages = checkpoints.restore_first(run.manager, fresh.tree, steps)
-    saved = Saved.of(restored.step, restored.metadata)
+    saved = CheckpointMetadata.parse(restored.step, restored.metadata)
     if differing := config_diff(run.config, saved.config):
         raise checkpoints.CheckpointError(
             f"the checkpoints in {run.manager.directory} are another run's: {'; '.join(differing)}"
@@ -158,9 +160,9 @@ def resume(run: Run, fresh: LoopState) -> LoopState:
     )
 
 
-def save(run: Run, loop_state: LoopState) -> None:
+def save(run: RunContext, loop_state: LoopState) -> None:
     """Start to save the state of the loop as a checkpoint."""
-    metadata = Saved(
+    metadata = CheckpointMetadata(
         hyperparameters(run.config), loop_state.records, loop_state.training_seconds
     )._asdict()
     is_between_epochs = loop_state.images == 0

@@ -10,7 +10,7 @@ from typing import Any
 
 MIB = 2**20
 
-DEEPEST = 32
+MAX_DEPTH = 32
 """How deeply folders may be nested; programs that remove thousands of levels may fail half-way."""
 
 
@@ -85,7 +85,7 @@ def walk(path: Path) -> Iterator[tuple[Path, int]]:
         path = waiting.pop()
         try:
             status = os.lstat(path)
-            is_deep = len(path.parts) - len(root.parts) > DEEPEST
+            is_deep = len(path.parts) - len(root.parts) > MAX_DEPTH
             if stat.S_ISDIR(status.st_mode) and not is_deep:
                 waiting += (path / name for name in sorted(os.listdir(path), reverse=True))
                 continue

@@ -11,7 +11,7 @@ SIDE = 280
 PEN = 24
 """Width of a stroke, in the same units: for a digit that fills the paper, that of MNIST."""
 
-MOST_POINTS = 5_000
+MAX_POINTS = 5_000
 """Largest number of points of a drawing; a person's drawing has some hundred."""
 
 Point = tuple[float, float]
@@ -27,7 +27,7 @@ class Drawing:
 
     def draw_to(self, point: Point) -> None:
         """Draw to a point, or start a stroke there; does nothing when the drawing is full."""
-        if sum(map(len, self.strokes)) >= MOST_POINTS:
+        if sum(map(len, self.strokes)) >= MAX_POINTS:
             return
         if not self.is_down:
             self.strokes.append([])

@@ -36,7 +36,7 @@ class DataFlags(DataPlaces):
     """Dataset to train on; auto is mnist, or mnist5k if mnist can't be downloaded."""
 
 
-MOST_SEED = 2**32 - 1
+MAX_SEED = 2**32 - 1
 """Largest seed that NumPy's generators take."""
 
 
@@ -143,10 +143,10 @@ def check_seeds(seeds: Sequence[int], least: int = 1) -> None:
         UsageError: there are too few seeds, one occurs twice, or one is out of bounds.
     """
     differ = len(set(seeds)) == len(seeds)
-    if len(seeds) < least or not differ or not all(0 <= seed <= MOST_SEED for seed in seeds):
+    if len(seeds) < least or not differ or not all(0 <= seed <= MAX_SEED for seed in seeds):
         given = " ".join(map(str, seeds)) or "empty"
         raise UsageError(
-            f"--seeds must be at least {counted(least, 'number')} from 0 to {MOST_SEED}, no "
+            f"--seeds must be at least {counted(least, 'number')} from 0 to {MAX_SEED}, no "
             f"duplicates, but is {given}"
         )
 

@@ -15,7 +15,7 @@ from lstm_flax import data
 from lstm_flax.checkpoints import CheckpointError
 from lstm_flax.data import DataError, Split
 
-MOST_NAMED = 10
+MAX_NAMED = 10
 """How many missing epochs are listed; the others are only counted."""
 
 
@@ -142,8 +142,8 @@ def what_epochs_are_missing(records: Sequence[Mapping[str, Any]], epochs: int) -
     if not done:
         return "all epochs: none is finished yet, or metrics.jsonl is lost"
     if lost := sorted(set(range(1, max(done))) - done):
-        more = f" and {len(lost) - MOST_NAMED:,} more" if len(lost) > MOST_NAMED else ""
-        numbers = ", ".join(map(str, lost[:MOST_NAMED])) + more
+        more = f" and {len(lost) - MAX_NAMED:,} more" if len(lost) > MAX_NAMED else ""
+        numbers = ", ".join(map(str, lost[:MAX_NAMED])) + more
         return f"the curves of epoch {numbers}: damaged in metrics.jsonl"
     if max(done) < epochs:
         return f"{epochs - max(done)} of {epochs} epochs: the run is still training, or was stopped"

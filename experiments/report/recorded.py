@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.training_run import run_files
-from experiments.training_run.config import MOST_EPOCHS
+from experiments.training_run.config import MAX_EPOCHS
 from experiments.training_run.run_files import RunFilesError
 
-MOST_STARTS, MOST_FACTS = 1_000, 100
+MAX_STARTS, MAX_FACTS = 1_000, 100
 """Largest number of starts of a run, and of facts about its environments."""
 
-LONGEST_FACT = 500
+MAX_FACT_LENGTH = 500
 """Largest number of characters of a fact."""
 
 
@@ -34,7 +34,7 @@ class Bounds(NamedTuple):
 
 
 EPOCH_METRICS = {
-    "epoch": Bounds(int, 1, MOST_EPOCHS),
+    "epoch": Bounds(int, 1, MAX_EPOCHS),
     "step": Bounds(int, 1, 1e12),
     "train_loss": Bounds(float, 0, 1e12),
     "train_accuracy": Bounds(float, 0, 1),
@@ -100,7 +100,7 @@ def read_starts(workdir: Path) -> list[dict[str, Any]]:
             for name, value in line.items()
         })  # fmt: skip
         names |= {inner for name, value in line.items() for inner in [name, *_keys(value)]}
-        if len(starts) > MOST_STARTS or len(names) > MOST_FACTS:
+        if len(starts) > MAX_STARTS or len(names) > MAX_FACTS:
             raise RunFilesError(f"{path} holds more starts or facts than a run can have")
     return starts
 
@@ -111,7 +111,7 @@ def _keys(value: object) -> list[str]:
 
 def _fact(value: object) -> str | None:
     """Return a value as a short string; None for what is nested more deeply."""
-    return None if value is None or isinstance(value, dict | list) else str(value)[:LONGEST_FACT]
+    return None if value is None or isinstance(value, dict | list) else str(value)[:MAX_FACT_LENGTH]
 
 
 def _checked(place: str, values: dict[str, Any], bounds: dict[str, Bounds]) -> dict[str, Any]:

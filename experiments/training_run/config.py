@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import tyro
 
 from experiments.harness.usage import (
-    MOST_SEED,
+    MAX_SEED,
     DatasetName,
     UsageError,
     check,
@@ -21,13 +21,13 @@ from experiments.harness.usage import (
 from experiments.training_run import run_files
 from experiments.training_run.run_files import RunFilesError
 
-MOST_EPOCHS = 10_000
+MAX_EPOCHS = 10_000
 """Largest number of epochs of a run."""
 
-MOST_WEIGHTS = 10**9
+MAX_WEIGHTS = 10**9
 """Largest number of weights; training them takes three times as many floats, 12 GB."""
 
-LARGEST = sys.float_info.max
+MAX_FLOAT = sys.float_info.max
 """Largest float; an integer may be larger."""
 
 RecipeName = Literal["standard", "fast", "best"]
@@ -235,22 +235,22 @@ def hyperparameters(config: Config) -> dict[str, int | float | str | bool]:
 def _bounds(config: Config) -> Iterator[tuple[str, bool, str]]:
     """Yield a flag's name, whether its bounds hold, and what it must be, per hyperparameter."""
     for name, lowest, highest in (
-        ("epochs", 1, MOST_EPOCHS),
+        ("epochs", 1, MAX_EPOCHS),
         ("batch_size", 1, 1_000_000),
         ("hidden_size", 1, 16_384),
         ("num_layers", 1, 100),
-        ("seed", 0, MOST_SEED),
+        ("seed", 0, MAX_SEED),
         ("validation_size", 0, math.inf),
     ):
         value = getattr(config, name)
         must_be = f"at least {lowest}" if value < lowest else f"at most {highest}"
         yield name, lowest <= value <= highest, must_be
     weights = 8 * config.hidden_size**2 * config.num_layers
-    yield "hidden_size", weights <= MOST_WEIGHTS, f"less with {config.num_layers} layers"
+    yield "hidden_size", weights <= MAX_WEIGHTS, f"less with {config.num_layers} layers"
     for name in ("learning_rate", "clip_norm"):
-        yield name, 0 < getattr(config, name) <= LARGEST, "a positive number"
+        yield name, 0 < getattr(config, name) <= MAX_FLOAT, "a positive number"
     for name in ("weight_decay", "elastic"):
-        yield name, 0 <= getattr(config, name) <= LARGEST, "at least 0"
+        yield name, 0 <= getattr(config, name) <= MAX_FLOAT, "at least 0"
     for name in ("label_smoothing", "dropout"):
         yield name, 0 <= getattr(config, name) < 1, "at least 0 and less than 1"
 

@@ -8,7 +8,7 @@ from flax.training.train_state import TrainState
 
 from experiments.harness.usage import UsageError
 from experiments.training_run import run_files
-from experiments.training_run.config import MOST_EPOCHS, Config, config_diff, hyperparameters
+from experiments.training_run.config import MAX_EPOCHS, Config, config_diff, hyperparameters
 from experiments.training_run.console import warn
 from lstm_flax import checkpoints, training
 from lstm_flax.training import Batch, Keys, Metrics
@@ -84,7 +84,7 @@ class CheckpointMetadata(NamedTuple):
         try:
             saved = cls(**metadata)
             is_ours = (
-                _is_number(saved.config["epochs"], 1, MOST_EPOCHS)
+                _is_number(saved.config["epochs"], 1, MAX_EPOCHS)
                 and _is_number(saved.training_seconds)
                 and all(_is_record(n, record) for n, record in enumerate(saved.records, 1))
             )
@@ -100,7 +100,7 @@ def _is_record(epoch: int, record: dict[str, Any]) -> bool:
     metrics = [value for name, value in record.items() if name not in ("dataset", "device")]
     return (
         all(isinstance(value, int | float) for value in metrics)
-        and record["epoch"] == epoch <= MOST_EPOCHS
+        and record["epoch"] == epoch <= MAX_EPOCHS
         and _is_number(record["step"])
         and _is_number(record["seconds"])
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 from experiments.training_run import run_files
 
-LONGEST_EVENT = 2**20
+MAX_EVENT_BYTES = 2**20
 """Largest size of an event in bytes; a scalar takes 60."""
 
 FLUSH_SECONDS = 5
@@ -125,7 +125,7 @@ def _events(file) -> Iterator[Any]:
 
     while (length := _checked(file, 8)) is not None:
         size = struct.unpack("<Q", length)[0]
-        event = _checked(file, size) if size <= LONGEST_EVENT else None
+        event = _checked(file, size) if size <= MAX_EVENT_BYTES else None
         if event is None:
             return
         try:

@@ -29,10 +29,10 @@ from lstm_flax.files import (
     walk,
 )
 
-MOST_BYTES = 8 * MIB
+MAX_FILE_BYTES = 8 * MIB
 """Largest size of a file that is read; the line of an epoch takes 400 bytes."""
 
-LONGEST_OWNER = 200
+MAX_OWNER_BYTES = 200
 """Bytes that are shown of who holds a lock."""
 
 
@@ -162,7 +162,7 @@ def read_bytes(path: Path) -> bytes:
     Raises:
         OSError: the file can't be read, or is not one that a run writes; `strerror` says why.
     """
-    return read_regular_file(path, MOST_BYTES)
+    return read_regular_file(path, MAX_FILE_BYTES)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -239,7 +239,7 @@ def lock(workdir: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            owner = file.read(LONGEST_OWNER).decode(errors="replace")
+            owner = file.read(MAX_OWNER_BYTES).decode(errors="replace")
             raise RunFilesError(
                 f"--workdir {workdir} is in use by another run ({owner}); "
                 f"wait for it, stop it, or give another --workdir"

@@ -130,23 +130,23 @@ def shard_opt_state(tx: optax.GradientTransformation) -> optax.GradientTransform
     """
 
     def init(params):
-        return _constrain(tx.init(params), _share)
+        return _constrain(tx.init(params), _opt_state_spec)
 
     def update(updates, state, params=None, **more):
         updates, state = tx.update(updates, state, params, **more)
-        return _whole(updates), _constrain(state, _share)
+        return _keep_replicated(updates), _constrain(state, _opt_state_spec)
 
     return optax.GradientTransformation(init, update)
 
 
-def _share(leaf: jax.Array) -> P:
+def _opt_state_spec(leaf: jax.Array) -> P:
     """Return the spec that splits the first axis divisible by the device count."""
     devices = jax.sharding.get_abstract_mesh().size
     axis = next((k for k, size in enumerate(leaf.shape) if size % devices == 0), None)
     return P() if axis is None else P(*[None] * axis, "data")
 
 
-def _whole(tree: Any) -> Any:
+def _keep_replicated(tree: Any) -> Any:
     """Under `jax.set_mesh`, keep every array replicated on all devices."""
     return _constrain(tree, lambda leaf: P())
 
@@ -291,7 +291,7 @@ def train_step(
 
     grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
     state = state.apply_gradients(grads=grads)
-    return state.replace(params=_whole(state.params)), metrics
+    return state.replace(params=_keep_replicated(state.params)), metrics
 
 
 @partial(jax.jit, static_argnames="to_sequence")

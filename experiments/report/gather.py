@@ -38,7 +38,7 @@ class Result(NamedTuple):
     mistakes: Mistakes  # the most confident first
 
 
-class Gathered(NamedTuple):
+class RunData(NamedTuple):
     """What is known about a run."""
 
     workdir: Path
@@ -51,7 +51,7 @@ class Gathered(NamedTuple):
     missing: list[str]  # one line for each
 
 
-def gather(workdir: Path, test_sets: Mapping[str, Split | DataError]) -> Gathered:
+def gather(workdir: Path, test_sets: Mapping[str, Split | DataError]) -> RunData:
     """Read what a run has written, and classify the test images with its result.
 
     Args:
@@ -80,7 +80,7 @@ def gather(workdir: Path, test_sets: Mapping[str, Split | DataError]) -> Gathere
         missing.append(f"its confusion matrix and its mistakes: {error}")
     score = score_of(result) or evaluated_score(evaluation) or last_score(records)
     parameters = from_config.count_parameters(config)
-    return Gathered(workdir, config, records, starts, parameters, result, score, missing)
+    return RunData(workdir, config, records, starts, parameters, result, score, missing)
 
 
 def read_test_sets(
@@ -150,7 +150,7 @@ def what_epochs_are_missing(records: Sequence[Mapping[str, Any]], epochs: int) -
     return None
 
 
-def differing_flags(runs: Sequence[Gathered]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+def differing_flags(runs: Sequence[RunData]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     """Return the flags that differ, with the value of each run, and those in common."""
     values = [hyperparameters(run.config) for run in runs]
     by_flag = {f"--{name.replace('_', '-')}": [of[name] for of in values] for name in values[0]}

@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.harness.usage import counted
 from experiments.report import figures
-from experiments.report.gather import Gathered, Result, Score, differing_flags
+from experiments.report.gather import Result, RunData, Score, differing_flags
 from experiments.training_run.console import accuracy_interval
 
 MISTAKES = 12
@@ -47,12 +47,12 @@ class Environment(NamedTuple):
     rows: dict[str, list[str]]  # by name, one value for each column
 
 
-class Shown(NamedTuple):
+class RunView(NamedTuple):
     """A run, as the page shows it."""
 
     number: int  # from 1
     name: str
-    run: Gathered
+    run: RunData
     colours: dict[str, str]  # on a light and on a dark page
     accuracy: str
     speed: float | None  # images a second, median epoch
@@ -61,7 +61,7 @@ class Shown(NamedTuple):
     environment: Environment | None
 
 
-def render(runs: Sequence[Gathered]) -> str:
+def render(runs: Sequence[RunData]) -> str:
     """Return the page about some runs."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -82,10 +82,10 @@ def render(runs: Sequence[Gathered]) -> str:
     )
 
 
-def show(number: int, name: str, run: Gathered) -> Shown:
+def show(number: int, name: str, run: RunData) -> RunView:
     """Prepare what the page shows about a run."""
     speeds = [record["images_per_second"] for record in run.records]
-    return Shown(
+    return RunView(
         number=number,
         name=name,
         run=run,
@@ -98,7 +98,7 @@ def show(number: int, name: str, run: Gathered) -> Shown:
     )
 
 
-def names(runs: Sequence[Gathered]) -> list[str]:
+def names(runs: Sequence[RunData]) -> list[str]:
     """Return a name for each run: that of its folder, or its whole path if two share that."""
     short = [run.workdir.resolve().name for run in runs]
     return [

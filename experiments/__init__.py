@@ -1,4 +1,4 @@
-"""Experiments that compose the library; each is run as `python -m experiments.NAME`."""
+"""Experiments that use the library; run each as `python -m experiments.NAME`."""
 
 import sys
 from importlib.util import find_spec
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from experiments.harness import stopping, streams
 
-if sys.argv[:1] == ["-m"]:  # while Python looks for the command's module, before its long imports
+if sys.argv[:1] == ["-m"]:  # Python is looking for the command's module, before its long imports
     streams.open_missing()
     streams.outlive_terminal()
     stopping.REQUESTS.listen()

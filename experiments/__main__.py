@@ -1,4 +1,4 @@
-"""List the experiments, `python -m experiments`, or run one, `python -m experiments NAME ...`."""
+"""List the experiments with `python -m experiments`; run one with `python -m experiments NAME`."""
 
 import ast
 import pkgutil
@@ -14,7 +14,7 @@ from experiments.harness.usage import UsageError
 
 
 def list_experiments() -> dict[str, str]:
-    """What each runnable module of this package does, by its name; none of them is imported."""
+    """Return what each runnable module of this package does, by name, without importing it."""
     found = {}
     for module in pkgutil.iter_modules(experiments.__path__):
         name = f"experiments.{module.name}"
@@ -29,21 +29,21 @@ def list_experiments() -> dict[str, str]:
 
 @command()
 def main(argv: Sequence[str] | None = None) -> int:
-    """List the experiments, or run the one that is named; returns the exit status."""
+    """List the experiments or run the named one, and return the exit status."""
     arguments = sys.argv[1:] if argv is None else [*argv]
     found = list_experiments()
     if arguments and arguments[0] not in ("-h", "--help"):
         name = f"experiments.{arguments[0].removeprefix('experiments.')}"
         if name not in found:
             names = ", ".join(each.removeprefix("experiments.") for each in found)
-            raise UsageError(f"there is no experiment {arguments[0]}; there are: {names}")
+            raise UsageError(f"there is no experiment {arguments[0]}; choose one of: {names}")
         sys.argv[1:] = arguments[1:]
         runpy.run_module(name, run_name="__main__", alter_sys=True)
         return 0
     width = max(map(len, found))
     for experiment, line in found.items():
         print(f"python -m {experiment:{width}}  {line}")
-    print("\nEach explains its flags with --help.")
+    print("\nRun one with --help to see its flags.")
     return 0
 
 

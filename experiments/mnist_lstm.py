@@ -24,10 +24,16 @@ from experiments.harness.command import command
 from experiments.harness.stopping import Stopped, StopRequests
 from experiments.harness.usage import UsageError, check_fills_batch, command_line, counted
 from experiments.training_run import environment, from_config, loop, processes, run_files
-from experiments.training_run.config import Config, of_the_run, parse
-from experiments.training_run.console import print_summary, warn, without_echoes
+from experiments.training_run.config import Config, hyperparameters, parse
+from experiments.training_run.console import hide_repeated_tracebacks, print_summary, warn
 from experiments.training_run.loop import TrainingError
-from experiments.training_run.loop_state import LoopState, Run, Saved, check_epochs, resume
+from experiments.training_run.loop_state import (
+    CheckpointMetadata,
+    LoopState,
+    RunContext,
+    check_epochs,
+    resume,
+)
 from experiments.training_run.run_files import RunFilesError
 from lstm_flax import checkpoints, data, training
 from lstm_flax.checkpoints import CheckpointError
@@ -37,25 +43,25 @@ from lstm_flax.training import Keys
 
 @command(RunFilesError, TrainingError, DataError, CheckpointError, fail=processes.fail)
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the experiment from a command line; returns the exit status."""
+    """Run the experiment from a command line and return the exit status."""
     try:
-        with without_echoes():
+        with hide_repeated_tracebacks():
             run(parse(argv), stopping.REQUESTS)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
         return processes.fail(UsageError(str(error).splitlines()[0]))
     except Stopped as stopped:
-        stopping.REQUESTS.say(stopped)
+        stopping.REQUESTS.announce(stopped)
         return 128 + stopped.signal
     return 0
 
 
 def run(config: Config, stop: StopRequests) -> None:
-    """Train, or go on training, then evaluate the result; or only evaluate."""
+    """Train or resume a run and evaluate its result, or only evaluate it."""
     check_epochs(config)
-    stop.outlook = partial(outlook, config)
-    with processes.joined(config):
+    stop.hint = partial(stop_hint, config)
+    with processes.distributed_context(config):
         builder = data.prepare(config.dataset, config.data_dir, config.manual_dir)
         config = dataclasses.replace(config, dataset=builder.name)
         splits = load_splits(config, builder)
@@ -63,7 +69,7 @@ def run(config: Config, stop: StopRequests) -> None:
         datasets = training.replicate({name: split.arrays for name, split in splits.items()})
         keys = training.replicate(Keys.from_seed(config.seed))
         with open_workdir(config) as manager:
-            run = Run(config, datasets, keys, manager)
+            run = RunContext(config, datasets, keys, manager)
             num_images = len(splits["train"].labels)
             if config.eval_only and not config.shard_optimizer:
                 state = from_config.abstract_state(config)
@@ -75,17 +81,17 @@ def run(config: Config, stop: StopRequests) -> None:
             evaluate_result(run, state)
 
 
-def outlook(config: Config) -> str:
-    """What to expect of the same command after this one was stopped."""
+def stop_hint(config: Config) -> str:
+    """Return what the same command will do after this one was stopped."""
     if config.eval_only:
         return ""
     if run_files.saved_steps(config.workdir):
-        return ": the same command goes on from there"
-    return " before the first save: the same command starts anew"
+        return ": run the same command to resume"
+    return " before the first save: run the same command to start again"
 
 
 def load_splits(config: Config, builder) -> dict[str, data.Split]:
-    """Read the splits "train" and "test", and "validation" where images are held out."""
+    """Read the splits "train" and "test", and "validation" if images are held out."""
     splits = {name: data.read_split(builder, name) for name in ("train", "test")}
     if config.validation_size:
         splits["train"], splits["validation"] = data.hold_out(
@@ -95,12 +101,12 @@ def load_splits(config: Config, builder) -> dict[str, data.Split]:
 
 
 def check_batch_size(config: Config, splits: dict[str, data.Split]) -> None:
-    """Refuse a batch that the data can't fill or the devices can't share."""
+    """Check that the data fill a batch and that the devices divide it."""
     check_fills_batch(config.batch_size, len(splits["train"].labels))
     devices = jax.device_count()
     if config.batch_size % devices:
         raise UsageError(
-            f"--batch-size is {config.batch_size}, which {devices} devices can't share equally"
+            f"--batch-size must be a multiple of the {devices} devices, but is {config.batch_size}"
         )
 
 
@@ -114,8 +120,8 @@ def open_workdir(config: Config) -> Iterator[ocp.CheckpointManager]:
         yield stack.enter_context(checkpoints.open_checkpoints(path, read_only=config.eval_only))
 
 
-def describe(run: Run, state: TrainState) -> None:
-    """Print what the run is about to work on."""
+def describe(run: RunContext, state: TrainState) -> None:
+    """Print the data, the model and the device."""
     config = run.config
     names = [name for name in ("train", "validation", "test") if name in run.datasets]
     images = ", ".join(f"{len(run.datasets[name]['label']):,} {name}" for name in names)
@@ -128,11 +134,11 @@ def describe(run: Run, state: TrainState) -> None:
     print(f"device  {environment.device_name()}, {from_config.implementation(config)}")
 
 
-def train(run: Run, fresh: TrainState, stop: StopRequests) -> None:
+def train(run: RunContext, fresh: TrainState, stop: StopRequests) -> None:
     """Train from the newest intact checkpoint, or from a fresh state, to the last epoch."""
     loop_state, config = resume(run, LoopState.at_start(fresh)), run.config
     # Whatever happened to these files, the checkpoint knows what they held.
-    run_files.write_json(run_files.config_path(config.workdir), of_the_run(config))
+    run_files.write_json(run_files.config_path(config.workdir), hyperparameters(config))
     run_files.write_metrics(config.workdir, loop_state.records)
     if loop_state.epochs >= config.epochs:
         print(f"run     finished at step {loop_state.step}")
@@ -144,16 +150,18 @@ def train(run: Run, fresh: TrainState, stop: StopRequests) -> None:
 
 
 def record_start(config: Config, step: int) -> None:
-    """Keep with what and on what the run is trained from a step on; it trains without, too."""
-    start = environment.of_start(step) | {"implementation": str(from_config.implementation(config))}
+    """Record software and hardware for training from a step on; a failure only warns."""
+    start = environment.start_record(step) | {
+        "implementation": str(from_config.implementation(config))
+    }
     try:
         run_files.append_environment(config.workdir, start)
     except RunFilesError as error:
         warn(str(error))
 
 
-def evaluate_result(run: Run, like: TrainState) -> None:
-    """Restore the result, or the step asked for, evaluate it, and say and write what it is."""
+def evaluate_result(run: RunContext, like: TrainState) -> None:
+    """Restore the result or the checkpoint of `--step`, evaluate it, and print and save that."""
     config, manager, tree = run.config, run.manager, LoopState.at_start(like).tree
     if config.step is None:
         steps = checkpoints.result_steps(manager)
@@ -168,25 +176,25 @@ def evaluate_result(run: Run, like: TrainState) -> None:
     evaluation = {
         "step": restored.step,
         "dataset": config.dataset,
-        **loop.figures("test", metrics),
+        **loop.metric_dict("test", metrics),
         "correct": int(metrics.correct),
         "total": int(metrics.count),
         "params_sha256": run_files.params_sha256(state.params),
     }
     print_summary(
         evaluation,
-        Saved.of(restored.step, restored.metadata).records,
+        CheckpointMetadata.parse(restored.step, restored.metadata).records,
         Path(manager.directory) / str(restored.step),
         evaluation_command(config),
     )
     try:
         run_files.write_json(run_files.eval_path(config.workdir), evaluation)
     except RunFilesError as error:
-        warn(str(error))  # a run that may only be read can be evaluated
+        warn(str(error))  # a read-only run can still be evaluated
 
 
 def evaluation_command(config: Config) -> str:
-    """The command that evaluates this checkpoint again."""
+    """Return the command that evaluates this checkpoint again."""
     places: dict[str, Any] = {"data-dir": config.data_dir, "step": config.step}
     given = [(f"--{flag}", value) for flag, value in places.items() if value is not None]
     flags = ["--workdir", config.workdir, "--eval-only", *itertools.chain(*given)]

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from experiments.harness.command import command
 from experiments.harness.markdown import table
-from experiments.harness.usage import UsageError, counted, read_flags, tell
+from experiments.harness.usage import UsageError, counted, print_status, read_flags
 from lstm_flax import LSTMClassifier, training
 
 Implementation = Literal["scan", "auto"]
@@ -135,7 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def scaling_table() -> str:
     """Measure all sizes of each thing that grows; a table in Markdown."""
-    tell(f"measuring {counted(sum(map(len, SIZES.values())), 'size')}, each in its own process")
+    print_status(
+        f"measuring {counted(sum(map(len, SIZES.values())), 'size')}, each in its own process"
+    )
     rows = []
     for name, sizes in tqdm(SIZES.items(), disable=None):
         # The native kernel is for one device: with it there, they would not be compared alike.

@@ -1,7 +1,7 @@
 """An LSTM for Flax Linen, its training and its checkpoints.
 
-`lstm_flax.checkpoints`, which takes Orbax's second to import, and `lstm_flax.data`, which needs the
-extra `data`, are imported when they are first used.
+`lstm_flax.checkpoints` and `lstm_flax.data` are imported on first use: Orbax takes a second to
+import, and `lstm_flax.data` needs the extra `data`.
 """
 
 import importlib
@@ -30,13 +30,13 @@ from lstm_flax.training import (
     train_steps,
 )
 
-if TYPE_CHECKING:  # else a type checker would take any name for one of this package's
+if TYPE_CHECKING:  # without this, a type checker would accept any attribute
     from lstm_flax import checkpoints as checkpoints
     from lstm_flax import data as data
 else:
 
     def __getattr__(name: str) -> Any:
-        """Import a submodule that is left out above (PEP 562)."""
+        """Import `checkpoints` or `data` on first use (PEP 562)."""
         if name in ("checkpoints", "data"):
             return importlib.import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Checks of arguments: one line that names the argument, what it is and what it should be."""
+"""Argument checks, whose errors say in one line what the argument is and what it should be."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -11,16 +11,17 @@ from jax.typing import DTypeLike
 
 
 def check(name: str, value: Any, wanted: str, is_right: Callable[[Any], Any]) -> None:
-    """Check a value, unless it is traced and so not known.
+    """Check a value, unless it is traced and therefore unknown.
 
     Args:
-        name: of the argument.
-        value: to be checked.
-        wanted: what it should be, in words.
-        is_right: whether it is so; an error of type or value also says that it is not.
+        name: name of the argument.
+        value: value of the argument.
+        wanted: what the value should be, in words.
+        is_right: returns whether the value is valid. An AttributeError, TypeError or ValueError
+            means that it is not.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the value is invalid.
     """
     if isinstance(value, jax.core.Tracer):
         return
@@ -33,10 +34,10 @@ def check(name: str, value: Any, wanted: str, is_right: Callable[[Any], Any]) ->
 
 
 def check_integer(name: str, value: Any, lowest: int = 1, below: int | None = None) -> None:
-    """Check that a value is an integer within bounds; one of NumPy or JAX is one too.
+    """Check that a value is an integer within bounds; NumPy's and JAX's integers are accepted.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is not an integer, or is out of bounds.
     """
     bounds = f"of at least {lowest}" if below is None else f"from {lowest} to {below - 1}"
     check(
@@ -52,7 +53,7 @@ def check_integer(name: str, value: Any, lowest: int = 1, below: int | None = No
 
 
 def check_rate(name: str, value: Any, *, may_be_one: bool = False) -> None:
-    """Check that a value is a probability; 1 only if it may be.
+    """Check that a value is a probability less than 1, or also 1 with `may_be_one`.
 
     Raises:
         ValueError: it is not.
@@ -62,7 +63,7 @@ def check_rate(name: str, value: Any, *, may_be_one: bool = False) -> None:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Check that a value is one of some names.
+    """Check that a value is one of the given names.
 
     Raises:
         ValueError: it is not.
@@ -72,7 +73,7 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 
 def check_floating(name: str, dtype: DTypeLike | None) -> None:
-    """Check that a dtype is a floating-point one, or None, which stands for a default.
+    """Check that a dtype is a floating-point dtype, or None for the default.
 
     Raises:
         ValueError: it is not.
@@ -88,16 +89,16 @@ def check_floating(name: str, dtype: DTypeLike | None) -> None:
 def check_array(
     name: str, array: Any, axes: tuple[str | int, ...], dtype: type[np.generic] | None = None
 ) -> None:
-    """Check that this is an array of such a shape and dtype, traced or not.
+    """Check the shape and dtype of an array, traced or not.
 
     Args:
-        name: of the argument.
-        array: to be checked.
-        axes: the size of each axis, or a word for it where any size will do.
-        dtype: NumPy's class for it, as in `np.uint8` or `np.floating`; None: any.
+        name: name of the argument.
+        array: value of the argument.
+        axes: the size of each axis, or its name if any size is valid.
+        dtype: NumPy class such as `np.uint8` or `np.floating`; None accepts any dtype.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the value is not an array, or has another shape or dtype.
     """
     shape, found = getattr(array, "shape", None), getattr(array, "dtype", None)
     is_right = (
@@ -114,24 +115,24 @@ def check_array(
 
 
 def as_array(name: str, value: Any) -> jax.Array:
-    """Take what NumPy can read as an array.
+    """Convert a value to a JAX array.
 
     Raises:
-        ValueError: that can't be.
+        ValueError: the value can't be converted.
     """
     try:
         return jnp.asarray(value)
-    except Exception as error:  # each library's own
+    except Exception as error:  # each array library raises its own
         kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{name} is a {kind}, which can't become an array: {reason}") from error
 
 
 def as_floats(name: str, value: Any) -> jax.Array:
-    """Take what NumPy can read as an array of real floating-point numbers.
+    """Convert a value to a JAX array of real floating-point numbers.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the value can't be converted, or has another dtype.
     """
     array = as_array(name, value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -142,7 +143,7 @@ def as_floats(name: str, value: Any) -> jax.Array:
 def _is_of(found: Any, dtype: type[np.generic]) -> bool:
     try:
         return jax.dtypes.issubdtype(found, dtype)
-    except TypeError:  # another library's
+    except TypeError:  # the dtype of another library
         return False
 
 

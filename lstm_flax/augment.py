@@ -1,4 +1,4 @@
-"""Random image distortions, drawn and applied on the device inside the train step."""
+"""Random image distortions, applied on the device inside the train step."""
 
 import math
 
@@ -21,23 +21,22 @@ def distort(
     elastic: float = 0.0,
     elastic_radius: float = 4.0,
 ) -> jax.Array:
-    """Rotate, shear, scale, shift and bend each image by amounts of its own, in one interpolation.
+    """Rotate, shear, scale, shift and bend each image at random, with one interpolation.
 
     Args:
         key: PRNG key; the same key gives the same distortions.
-        images: [batch, height, width], floating; what moves in from outside is 0.
-        max_rotation: radians, either way; this and the next three are drawn uniformly.
-        max_shear: radians, either way, less than a right angle.
-        max_scale: fraction, less than 1, by which height and width, each by itself, grow or
-            shrink.
-        max_shift: pixels along each axis, either way.
-        elastic: pixels by which points move on their own, as a standard deviation along each axis
+        images: [batch, height, width], floating; pixels that come from outside an image are 0.
+        max_rotation: radians in either direction; this and the next three are drawn uniformly.
+        max_shear: radians in either direction, less than a right angle.
+        max_scale: fraction, less than 1, by which height and width grow or shrink independently.
+        max_shift: pixels along each axis, in either direction.
+        elastic: standard deviation, in pixels along each axis, of each point's own displacement
             (Simard, Steinkraus and Platt, "Best Practices for Convolutional Neural Networks",
-            2003); 0 bends nothing.
-        elastic_radius: pixels over which neighbours move together, a Gaussian's.
+            2003); 0 does not bend the images.
+        elastic_radius: standard deviation, in pixels, of the Gaussian that smooths these moves.
 
     Raises:
-        ValueError: the images are of another rank or dtype, or an amount is out of its bounds.
+        ValueError: the images have another rank or dtype, or an amount is out of bounds.
     """
     check_array("images", images, ("batch", "height", "width"), np.floating)
     _check_less("max_rotation", max_rotation, math.inf)
@@ -80,7 +79,7 @@ def _check_less(name: str, value: float, bound: float) -> None:
 
 
 def _smoothed(noise: jax.Array, radius: float) -> jax.Array:
-    """Blur noise [..., height, width] by a Gaussian, so that its variance stays what it is."""
+    """Blur noise [..., height, width] with a Gaussian that keeps its variance."""
 
     def weights(size):
         at = jnp.arange(size, dtype=noise.dtype)

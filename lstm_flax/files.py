@@ -1,4 +1,4 @@
-"""Files that anybody may have made, opened with care: no link is followed, no file is endless."""
+"""Read and open untrusted files: follow no links, open regular files only, limit their size."""
 
 import errno
 import json
@@ -10,21 +10,21 @@ from typing import Any
 
 MIB = 2**20
 
-DEEPEST = 32
-"""How many folders may lie in each other; what removes thousands of them may fail half-way."""
+MAX_DEPTH = 32
+"""How deeply folders may be nested; programs that remove thousands of levels may fail half-way."""
 
 
 def read_regular_file(path: Path, at_most: int, *, follow: bool = False) -> bytes:
-    """Read a whole file. A named pipe might never begin, and a device might never end.
+    """Read a whole regular file: a named pipe might never begin, a device might never end.
 
     Args:
-        path: of the file.
-        at_most: bytes that it may have.
-        follow: read what a link leads to.
+        path: the file to read.
+        at_most: largest size in bytes.
+        follow: whether to follow a link.
 
     Raises:
-        OSError: it can't be read, is a link, is no regular file, or is larger; `strerror` says
-            which.
+        OSError: the file can't be read, is a link, is not a regular file, or is too large;
+            `strerror` says which.
     """
     with open(open_regular_file(path, os.O_RDONLY, follow=follow), "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -35,13 +35,13 @@ def read_regular_file(path: Path, at_most: int, *, follow: bool = False) -> byte
 
 
 def open_regular_file(path: Path, flags: int, *, follow: bool = False) -> int:
-    """Open a regular file as `os.open` does; returns its descriptor.
+    """Open a regular file as `os.open` does, and return its descriptor.
 
     Raises:
-        OSError: it can't be opened, is a link, or is no regular file; or it is to be changed, and
-            has a second name, under which it may be somebody else's.
+        OSError: the file can't be opened, is a link, or is not a regular file; or the flags allow
+            writing and the file has a second hard link, which may be somebody else's.
     """
-    try:  # before it is opened: to open a device can already do something
+    try:  # before the file is opened, because opening a device can have effects
         check_regular(os.stat(path, follow_symlinks=follow))
     except FileNotFoundError:
         if not flags & os.O_CREAT:
@@ -60,10 +60,10 @@ def open_regular_file(path: Path, flags: int, *, follow: bool = False) -> int:
 
 
 def check_regular(status: os.stat_result) -> None:
-    """Check that a status is a regular file's.
+    """Check that a status is that of a regular file.
 
     Raises:
-        OSError: it is another's.
+        OSError: it is not.
     """
     if stat.S_ISLNK(status.st_mode):
         raise OSError(errno.ELOOP, "it is a link")
@@ -72,28 +72,28 @@ def check_regular(status: os.stat_result) -> None:
 
 
 def walk(path: Path) -> Iterator[tuple[Path, int]]:
-    """The files at and below a path, each with its size in bytes; none where nothing is there.
+    """Yield the files at and below a path, with their sizes in bytes; none if the path is missing.
 
-    Folders that may not be looked into are left out: nothing in them can be opened either.
+    Folders that can't be listed are skipped: nothing in them can be opened either.
 
     Raises:
-        OSError: one is a link, or neither a file nor a folder, or lies too deep; the error names
-            it.
+        OSError: an entry is a link, is neither a file nor a folder, or is nested too deeply; the
+            error names it.
     """
     root, waiting = path, [path]
     while waiting:
         path = waiting.pop()
         try:
             status = os.lstat(path)
-            is_deep = len(path.parts) - len(root.parts) > DEEPEST
+            is_deep = len(path.parts) - len(root.parts) > MAX_DEPTH
             if stat.S_ISDIR(status.st_mode) and not is_deep:
                 waiting += (path / name for name in sorted(os.listdir(path), reverse=True))
                 continue
-        except (FileNotFoundError, PermissionError):  # who else uses the folder may remove some
+        except (FileNotFoundError, PermissionError):  # another process may remove entries
             continue
         try:
             if is_deep:
-                raise OSError(errno.ELOOP, "it lies too deep")
+                raise OSError(errno.ELOOP, "it is nested too deeply")
             check_regular(status)
         except OSError as error:
             raise OSError(error.errno, error.strerror, os.fspath(path)) from None
@@ -101,10 +101,10 @@ def walk(path: Path) -> Iterator[tuple[Path, int]]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON that anybody may have written.
+    """Parse untrusted JSON.
 
     Raises:
-        ValueError: it is none, or is nested too deeply.
+        ValueError: the text is not JSON, or is nested too deeply.
     """
     try:
         return json.loads(text)

@@ -1,15 +1,15 @@
 """Training and evaluation: pure functions over a `TrainState` and batches.
 
-A dataset is a dict of arrays that lie whole on the device, `{"image": uint8 [n, height, width],
-"label": int32 [n]}`. A batch is one too, with a "mask", bool [batch], that is False where the
-last batch of a pass was filled up. Every example counts, each exactly once a pass.
+A dataset is a dict of arrays that are whole on the device, `{"image": uint8 [n, height, width],
+"label": int32 [n]}`. A batch also has a "mask", bool [batch], which is False for the examples that
+fill up the last batch of an epoch. Every example counts exactly once in an epoch.
 
-Everything random is a function of `(seed, epoch)` or `(seed, step)`, so a `TrainState`, which
-knows its step, is all that a resumed run needs.
+All randomness is a function of `(seed, epoch)` or `(seed, step)`. A `TrainState` knows its step, so
+a run needs nothing else to resume.
 
-An argument that does not fit is a ValueError of one line, raised while the function is traced. A
-label outside the classes is one only where labels are known, outside `jax.jit`; in a compiled step
-it makes the loss NaN, since telling of it would have every step wait for the device.
+An invalid argument raises a ValueError of one line while the function is traced. A label outside
+the classes raises one only if the labels are known, outside `jax.jit`. In a compiled step it makes
+the loss NaN instead: to report it, every step would have to wait for the device.
 """
 
 import math
@@ -29,15 +29,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lstm_flax.arguments import check, check_array, check_integer
-from lstm_flax.readings import rows
+from lstm_flax.sequences import rows
 
 Batch = dict[str, jax.Array]
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
-Reading = Callable[[jax.Array], jax.Array]
+ToSequence = Callable[[jax.Array], jax.Array]
 
 
 class Keys(NamedTuple):
-    """The PRNG keys of a run, one for each thing that is random."""
+    """The PRNG keys of a run, one for each source of randomness."""
 
     init: jax.Array
     order: jax.Array  # with the epoch: the order of the training images
@@ -45,9 +45,9 @@ class Keys(NamedTuple):
 
     @classmethod
     def from_seed(cls, seed: int) -> "Keys":
-        """Derive the keys of the run with this seed, an integer of 32 bits.
+        """Derive the keys of a run from its seed, an unsigned integer of 32 bits.
 
-        Of a larger or a negative one JAX would take more bits with `jax_enable_x64` than without.
+        Of a larger or negative seed, JAX would use more bits with `jax_enable_x64` than without.
         """
         check(
             "seed", seed, "an integer from 0 to 2**32 - 1", lambda s: operator.index(s) >> 32 == 0
@@ -57,35 +57,37 @@ class Keys(NamedTuple):
 
 @flax.struct.dataclass
 class Metrics:
-    """Sums over examples, which add up over batches; they are divided once, when read."""
+    """Sums over examples. They add up over batches, and are divided only when they are read."""
 
     loss_sum: jax.Array  # float32, cross-entropy in nats
     correct: jax.Array  # int32
     count: jax.Array  # int32
 
     @classmethod
-    def zero(cls) -> "Metrics":
-        """The metrics of no examples."""
+    def empty(cls) -> "Metrics":
+        """Return the metrics of no examples."""
         return cls(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
     @classmethod
-    def of(cls, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> "Metrics":
-        """Metrics of one batch: logits [batch, classes], labels [batch], mask bool [batch].
+    def from_logits(cls, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> "Metrics":
+        """Compute the metrics of one batch.
 
-        The loss is NaN where a label that counts is outside the classes.
+        Args:
+            logits: floating [batch, classes].
+            labels: integer [batch]. If one that counts is outside the classes, the loss is NaN.
+            mask: bool [batch]; examples where it is False don't count.
 
         Raises:
-            ValueError: a shape or dtype is another, or labels that are known are outside the
-                classes.
+            ValueError: a shape or dtype is wrong, or labels that are known are outside the classes.
         """
-        check_array("the model's result", logits, ("batch", "classes"), np.floating)
+        check_array("the model's output", logits, ("batch", "classes"), np.floating)
         check_array("label", labels, logits.shape[:1], np.integer)
         check_array("mask", mask, logits.shape[:1], np.bool_)
         labels, classes = labels.astype(jnp.int32), logits.shape[1]
         is_outside = (labels < 0) | (labels >= classes)
         if not isinstance(wrong := mask & is_outside, jax.core.Tracer) and wrong.any():
             found = sorted(set(labels[wrong].tolist()))
-            raise ValueError(f"label is within 0..{classes - 1}, but some are {found}")
+            raise ValueError(f"label must be within 0..{classes - 1}, but some are {found}")
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         losses = jnp.where(is_outside, jnp.nan, losses)
         hits = (jnp.argmax(logits, -1) == labels) & mask
@@ -100,56 +102,57 @@ class Metrics:
 
     @property
     def loss(self) -> jax.Array:
-        """Mean cross-entropy, nats an example."""
+        """Mean cross-entropy in nats per example."""
         return self.loss_sum / self.count
 
     @property
     def accuracy(self) -> jax.Array:
-        """Fraction of the examples that were classified correctly."""
+        """Fraction of the examples that are classified correctly."""
         return self.correct.astype(jnp.float32) / self.count
 
 
 def data_mesh() -> Mesh:
-    """A mesh of all devices along the axis "data"; one device is a mesh of one."""
+    """Return a mesh of all devices along the axis "data"."""
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
 
 def replicate(tree: Any) -> Any:
-    """Lay every array of `tree` whole on each device of the mesh in force (`jax.set_mesh`)."""
+    """Replicate every array of `tree` on all devices of the current mesh (`jax.set_mesh`)."""
     return jax.device_put(tree, NamedSharding(jax.sharding.get_mesh(), P()))
 
 
 def shard_opt_state(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Shard the optimiser's state over the devices of the mesh in force.
+    """Shard the optimiser's state over the devices of the current mesh (`jax.set_mesh`).
 
-    Without it each keeps all of it. The updates are the same; each step gathers them (Rajbhandari
-    et al., "ZeRO", 2020, stage 1). What no axis of can be shared equally stays whole.
+    Without this, each device holds all of the state. The updates are the same, and each step
+    gathers them (Rajbhandari et al., "ZeRO", 2020, stage 1). Arrays with no axis divisible by the
+    device count stay replicated.
     """
 
     def init(params):
-        return _constrain(tx.init(params), _share)
+        return _constrain(tx.init(params), _opt_state_spec)
 
     def update(updates, state, params=None, **more):
         updates, state = tx.update(updates, state, params, **more)
-        return _whole(updates), _constrain(state, _share)
+        return _keep_replicated(updates), _constrain(state, _opt_state_spec)
 
     return optax.GradientTransformation(init, update)
 
 
-def _share(leaf: jax.Array) -> P:
-    """Split the first axis that the devices can share equally."""
+def _opt_state_spec(leaf: jax.Array) -> P:
+    """Return the spec that splits the first axis divisible by the device count."""
     devices = jax.sharding.get_abstract_mesh().size
     axis = next((k for k, size in enumerate(leaf.shape) if size % devices == 0), None)
     return P() if axis is None else P(*[None] * axis, "data")
 
 
-def _whole(tree: Any) -> Any:
-    """Under `jax.set_mesh`, keep all of each array on every device."""
+def _keep_replicated(tree: Any) -> Any:
+    """Under `jax.set_mesh`, keep every array replicated on all devices."""
     return _constrain(tree, lambda leaf: P())
 
 
 def _split_over_devices(batch: Batch) -> Batch:
-    """Under `jax.set_mesh`, give each device its share of the batch."""
+    """Under `jax.set_mesh`, split the batch over the devices."""
     return _constrain(batch, lambda array: P("data"))
 
 
@@ -160,10 +163,10 @@ def _constrain(tree: Any, spec: Callable[[jax.Array], P]) -> Any:
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
-    """Batches in one pass over the data, the last of them perhaps filled up.
+    """Return the number of batches in one epoch; the last batch may be filled up.
 
     Raises:
-        ValueError: one of them is no positive integer.
+        ValueError: an argument is not a positive integer.
     """
     check_integer("num_examples", num_examples, 1)
     check_integer("batch_size", batch_size, 1)
@@ -173,23 +176,23 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
 def onecycle_adamw(
     peak_learning_rate: float, total_steps: int, *, weight_decay: float, clip_norm: float
 ) -> optax.GradientTransformation:
-    """Clip by the global norm, then AdamW under a one-cycle learning rate.
+    """Return AdamW with a one-cycle learning rate, which clips gradients by their global norm.
 
-    The rate climbs to its peak over the first three tenths of `total_steps` and falls to almost
-    nothing by their end, along cosines (Smith and Topin, "Super-Convergence", 2018).
+    The rate rises to its peak over the first three tenths of `total_steps`, and falls to almost
+    zero by their end, along cosines (Smith and Topin, "Super-Convergence", 2018).
 
     Args:
         peak_learning_rate: the largest learning rate.
-        total_steps: steps of the whole training.
+        total_steps: number of steps in the whole training.
         weight_decay: decoupled (Loshchilov and Hutter, "Decoupled Weight Decay Regularization",
-            2019): each step takes `learning_rate * weight_decay` of every parameter off it.
+            2019): each step shrinks every parameter by the fraction `learning_rate * weight_decay`.
         clip_norm: the largest global norm of the gradients; larger ones are scaled down to it.
 
     Raises:
-        ValueError: one of them is out of its bounds.
+        ValueError: an argument is out of bounds.
     """
     for name, value in (("peak_learning_rate", peak_learning_rate), ("weight_decay", weight_decay)):
-        check(name, value, "a finite number from 0 on", lambda v: 0 <= v < math.inf)
+        check(name, value, "a finite number of at least 0", lambda v: 0 <= v < math.inf)
     check_integer("total_steps", total_steps, 1)
     check("clip_norm", clip_norm, "a number greater than 0", lambda v: v > 0)
     schedule = optax.cosine_onecycle_schedule(total_steps, peak_learning_rate)
@@ -201,17 +204,17 @@ def onecycle_adamw(
 def create_train_state(
     model: nn.Module, tx: optax.GradientTransformation, sample: jax.Array, key: jax.Array
 ) -> TrainState:
-    """Fresh parameters and optimiser state at step 0, under `jax.set_mesh` whole on each device.
+    """Return new parameters and optimiser state at step 0, replicated under `jax.set_mesh`.
 
     Args:
-        model: called as `model(x, deterministic=...)`, x being [batch, time, features].
+        model: a module that is called as `model(x, deterministic=...)`, x: [batch, time, features].
         tx: the optimiser.
-        sample: any input of the right shape and dtype; only those matter.
+        sample: any input of the right shape and dtype; its values are not used.
         key: PRNG key of the initialisers.
 
     Raises:
-        ValueError: the model is no module, `tx` no optimiser, or the sample not floating [batch,
-            time, features].
+        ValueError: `model` is not a module, `tx` is not an optimiser, or `sample` is not floating
+            [batch, time, features].
     """
     check("model", model, "a flax.linen module", lambda m: isinstance(m, nn.Module))
     check("tx", tx, "an optax optimiser", lambda t: callable(t.init) and callable(t.update))
@@ -225,46 +228,46 @@ def create_train_state(
 
 @partial(jax.jit, static_argnums=0)
 def _initial_params(model: nn.Module, key: jax.Array, sample: jax.Array) -> Any:
-    """Compiled once for all keys; flax alone would take as long again for each."""
+    """Initialise the model, compiled once for all keys; without jit, each key takes as long."""
     return model.init(key, sample)["params"]
 
 
 def to_floats(images: jax.Array) -> jax.Array:
-    """uint8 images as float32 in [0, 1].
+    """Convert uint8 images to float32 in [0, 1].
 
     Raises:
-        ValueError: they are of another dtype.
+        ValueError: the images have another dtype.
     """
     check("the images' dtype", getattr(images, "dtype", None), "uint8", lambda d: d == np.uint8)
     return images.astype(jnp.float32) / 255
 
 
-@partial(jax.jit, static_argnames=("augment", "read", "label_smoothing"))
+@partial(jax.jit, static_argnames=("augment", "to_sequence", "label_smoothing"))
 def train_step(
     state: TrainState,
     batch: Batch,
     noise_key: jax.Array,
     augment: Augment | None = None,
-    read: Reading = rows,
+    to_sequence: ToSequence = rows,
     label_smoothing: float = 0.0,
 ) -> tuple[TrainState, Metrics]:
-    """One gradient step on the mean cross-entropy of a batch.
+    """Take one gradient step on the mean cross-entropy of a batch.
 
     Args:
         state: the state before the step.
-        batch: images, labels and mask, as the module describes them.
-        noise_key: of dropout and augmentation; `state.step` is folded into it.
+        batch: images, labels and mask, as described at the top of this module.
+        noise_key: key of dropout and augmentation; `state.step` is folded into it.
         augment: `(key, images float32 [batch, height, width]) -> images`.
-        read: `images -> sequences [batch, time, features]`, as in `lstm_flax.readings`.
-        label_smoothing: part of each label's weight that goes to all classes alike (Szegedy et
-            al., "Rethinking the Inception Architecture", 2016, section 7); the metrics' loss is
-            that of the plain labels.
+        to_sequence: `images -> sequences [batch, time, features]`, as in `lstm_flax.sequences`.
+        label_smoothing: share of each label's weight that is spread evenly over all classes
+            (Szegedy et al., "Rethinking the Inception Architecture", 2016, section 7). The loss in
+            the metrics does not use it.
 
     Returns:
         The state after the step, and the metrics of the batch before it.
 
     Raises:
-        ValueError: an array is missing, misshapen or of another dtype, or the label smoothing not
+        ValueError: an array is missing or has a wrong shape or dtype, or `label_smoothing` is not
             in [0, 1).
     """
     _check_data("batch", batch, ("image", "label", "mask"))
@@ -274,12 +277,12 @@ def train_step(
     images = to_floats(batch["image"])
     if augment is not None:
         images = augment(augment_key, images)
-    x = read(images)
+    x = to_sequence(images)
 
     def loss_fn(params):
         rngs = {"dropout": dropout_key}
         logits = state.apply_fn({"params": params}, x, deterministic=False, rngs=rngs)
-        metrics = Metrics.of(logits, batch["label"], batch["mask"])
+        metrics = Metrics.from_logits(logits, batch["label"], batch["mask"])
         if not label_smoothing:
             return metrics.loss, metrics
         labels = jax.nn.one_hot(batch["label"], logits.shape[-1])
@@ -288,34 +291,34 @@ def train_step(
 
     grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
     state = state.apply_gradients(grads=grads)
-    return state.replace(params=_whole(state.params)), metrics
+    return state.replace(params=_keep_replicated(state.params)), metrics
 
 
-@partial(jax.jit, static_argnames="read")
-def eval_step(state: TrainState, batch: Batch, read: Reading = rows) -> Metrics:
-    """Metrics of one batch, without dropout or augmentation.
+@partial(jax.jit, static_argnames="to_sequence")
+def eval_step(state: TrainState, batch: Batch, to_sequence: ToSequence = rows) -> Metrics:
+    """Compute the metrics of one batch, without dropout or augmentation.
 
     Args:
-        state: whose parameters are evaluated.
-        batch: images, labels and mask, as the module describes them.
-        read: as in `train_step`.
+        state: the state to evaluate.
+        batch: images, labels and mask, as described at the top of this module.
+        to_sequence: as in `train_step`.
 
     Raises:
-        ValueError: an array is missing, misshapen or of another dtype.
+        ValueError: an array is missing or has a wrong shape or dtype.
     """
     _check_data("batch", batch, ("image", "label", "mask"))
-    logits = state.apply_fn({"params": state.params}, read(to_floats(batch["image"])))
-    return Metrics.of(logits, batch["label"], batch["mask"])
+    logits = state.apply_fn({"params": state.params}, to_sequence(to_floats(batch["image"])))
+    return Metrics.from_logits(logits, batch["label"], batch["mask"])
 
 
 @jax.jit
 def is_finite(tree: Any) -> jax.Array:
-    """Whether no number in a tree is NaN or infinite, as a bool array []."""
+    """Return whether all numbers in a tree are finite, as a bool array []."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def _check_data(name: str, data: Batch, arrays: tuple[str, ...]) -> None:
-    """Check that these arrays are there, and are as the module describes them."""
+    """Check that `data` has these arrays, with the shapes and dtypes of this module."""
     check(name, data, f"a dict of {', '.join(arrays)}", lambda d: isinstance(d, Mapping))
     if missing := [array for array in arrays if array not in data]:
         raise ValueError(f"{name} lacks {', '.join(missing)}; it has {', '.join(map(str, data))}")
@@ -329,7 +332,7 @@ def _check_data(name: str, data: Batch, arrays: tuple[str, ...]) -> None:
 
 
 def _take_batch(data: Batch, order: jax.Array, index: jax.Array, batch_size: int) -> Batch:
-    """Batch `index` of a pass over `data` in the given order, filled up with masked examples."""
+    """Return batch `index` of an epoch in the given order, filled up with masked examples."""
     positions = index * batch_size + jnp.arange(batch_size)
     mask = positions < order.size
     rows = order[jnp.where(mask, positions, 0)]
@@ -339,7 +342,7 @@ def _take_batch(data: Batch, order: jax.Array, index: jax.Array, batch_size: int
 
 @partial(
     jax.jit,
-    static_argnames=("batch_size", "augment", "read", "label_smoothing"),
+    static_argnames=("batch_size", "augment", "to_sequence", "label_smoothing"),
     donate_argnames=("state", "metrics"),
 )
 def train_steps(
@@ -351,28 +354,28 @@ def train_steps(
     *,
     batch_size: int,
     augment: Augment | None = None,
-    read: Reading = rows,
+    to_sequence: ToSequence = rows,
     label_smoothing: float = 0.0,
 ) -> tuple[TrainState, Metrics]:
-    """Up to `max_steps` train steps in one call, stopping where the epoch ends.
+    """Take up to `max_steps` train steps in one call, but none beyond the end of the epoch.
 
-    `max_steps` is traced, so one compiled program serves chunks of any size, and the result does
-    not depend on how a pass is cut into chunks. `state` and `metrics` are given up to the call.
+    `max_steps` is traced, so one compiled program serves chunks of any size. The result does not
+    depend on how an epoch is divided into chunks. The call donates `state` and `metrics`.
 
     Args:
-        state: its step says which epoch this is and which batches are still to come.
-        metrics: of the epoch so far.
+        state: the state before the steps; its step number determines the epoch and the batches.
+        metrics: metrics of the epoch so far.
         data: the whole training set.
-        keys: the run's.
-        max_steps: steps to take at most.
-        batch_size: images a step.
-        augment, read, label_smoothing: as in `train_step`.
+        keys: the keys of the run.
+        max_steps: largest number of steps to take.
+        batch_size: number of images in a step.
+        augment, to_sequence, label_smoothing: as in `train_step`.
 
     Returns:
         The state after these steps, and the metrics of the epoch so far.
 
     Raises:
-        ValueError: as by `train_step`, or the batch size is no positive integer.
+        ValueError: as in `train_step`, or `batch_size` is not a positive integer.
     """
     _check_data("data", data, ("image", "label"))
     for name, value, kind in (("metrics", metrics, Metrics), ("keys", keys, Keys)):
@@ -387,31 +390,35 @@ def train_steps(
     def body(index, carry):
         state, metrics = carry
         batch = _take_batch(data, order, index, batch_size)
-        state, batch_metrics = train_step(state, batch, keys.noise, augment, read, label_smoothing)
+        state, batch_metrics = train_step(
+            state, batch, keys.noise, augment, to_sequence, label_smoothing
+        )
         return state, metrics + batch_metrics
 
     steps = jnp.minimum(max_steps, per_epoch - first).astype(jnp.int32)
     return jax.lax.fori_loop(first, first + steps, body, (state, metrics))
 
 
-@partial(jax.jit, static_argnames=("batch_size", "read"))
-def evaluate(state: TrainState, data: Batch, *, batch_size: int, read: Reading = rows) -> Metrics:
-    """Metrics over a whole dataset, every example of it, in one call.
+@partial(jax.jit, static_argnames=("batch_size", "to_sequence"))
+def evaluate(
+    state: TrainState, data: Batch, *, batch_size: int, to_sequence: ToSequence = rows
+) -> Metrics:
+    """Compute the metrics over every example of a dataset in one call.
 
     Args:
-        state: whose parameters are evaluated.
-        data: the images and labels, in any number.
-        batch_size: images at a time.
-        read: as in `train_step`.
+        state: the state to evaluate.
+        data: images and labels; `batch_size` need not divide their number.
+        batch_size: number of images in a batch.
+        to_sequence: as in `train_step`.
 
     Raises:
-        ValueError: as by `eval_step`, or the batch size is no positive integer.
+        ValueError: as in `eval_step`, or `batch_size` is not a positive integer.
     """
     _check_data("data", data, ("image", "label"))
     num_examples = data["label"].shape[0]
     order = jnp.arange(num_examples)
 
     def body(index, metrics):
-        return metrics + eval_step(state, _take_batch(data, order, index, batch_size), read)
+        return metrics + eval_step(state, _take_batch(data, order, index, batch_size), to_sequence)
 
-    return jax.lax.fori_loop(0, steps_per_epoch(num_examples, batch_size), body, Metrics.zero())
+    return jax.lax.fori_loop(0, steps_per_epoch(num_examples, batch_size), body, Metrics.empty())

@@ -16,7 +16,7 @@ from lstm_flax import (
     create_train_state,
     eval_step,
     evaluate,
-    readings,
+    sequences,
     train_step,
     train_steps,
     training,
@@ -61,7 +61,7 @@ def test_arrays_that_are_no_images_and_labels(state, change, message):
     with refuses(f"data.* {message}"):
         evaluate(state, DATA | change, batch_size=4)
     with refuses(f"data.* {message}"):
-        train_steps(state, Metrics.zero(), DATA | change, KEYS, 1, batch_size=4)
+        train_steps(state, Metrics.empty(), DATA | change, KEYS, 1, batch_size=4)
     assert not state.step.is_deleted()  # what was refused was not given up
 
 
@@ -83,7 +83,7 @@ def test_arrays_that_are_missing_or_masks_that_are_none(state):
 def test_batch_sizes(state, batch_size):
     for call in (
         lambda: evaluate(state, DATA, batch_size=batch_size),
-        lambda: train_steps(state, Metrics.zero(), DATA, KEYS, 1, batch_size=batch_size),
+        lambda: train_steps(state, Metrics.empty(), DATA, KEYS, 1, batch_size=batch_size),
         lambda: training.steps_per_epoch(6, batch_size),
     ):
         with refuses(f"batch_size is {batch_size!r}, not an integer of at least 1"):
@@ -94,7 +94,7 @@ def test_other_arguments_of_training(state):
     for smoothing in (-0.1, 1.0, float("nan"), "0.1"):
         with refuses(f"label_smoothing is {smoothing!r}, not at least 0 and less than 1"):
             train_step(state, BATCH, KEYS.noise, label_smoothing=smoothing)
-    steps = {"data": DATA, "keys": KEYS, "max_steps": 1, "metrics": Metrics.zero()}
+    steps = {"data": DATA, "keys": KEYS, "max_steps": 1, "metrics": Metrics.empty()}
     for change, message in (
         ({"max_steps": 1.5}, r"max_steps is float32 \[\], not integer \[\]"),
         ({"metrics": None}, "metrics is NoneType, not Metrics"),
@@ -111,7 +111,7 @@ def test_other_arguments_of_training(state):
 def test_as_many_steps_as_an_integer_can_hold_are_those_to_the_end_of_the_epoch(state):
     state = state.replace(step=jnp.int32(1))
     state, metrics = train_steps(
-        jax.tree.map(jnp.copy, state), Metrics.zero(), DATA, KEYS, 2**31 - 1, batch_size=4
+        jax.tree.map(jnp.copy, state), Metrics.empty(), DATA, KEYS, 2**31 - 1, batch_size=4
     )
     assert (int(state.step), int(metrics.count)) == (2, 2)
 
@@ -127,7 +127,7 @@ def test_labels_outside_the_classes_are_refused_where_they_are_known_and_else_na
     assert np.isfinite(metrics.loss)
     assert training.is_finite(moved.params)
     with jax.disable_jit():
-        with refuses(rf"label is within 0\.\.9, but some are \[{label}\]"):
+        with refuses(rf"label must be within 0\.\.9, but some are \[{label}\]"):
             eval_step(state, batch)
         assert int(eval_step(state, masked).count) == 5
 
@@ -135,7 +135,7 @@ def test_labels_outside_the_classes_are_refused_where_they_are_known_and_else_na
 def test_a_model_that_gives_no_logits():
     stack = LSTMStack(4)
     state = create_train_state(stack, optax.sgd(0.1), jnp.zeros((1, 4, 3)), KEYS.init)
-    with refuses("the model's result is tuple, not floating .*batch, classes"):
+    with refuses("the model's output is tuple, not floating .*batch, classes"):
         eval_step(state, BATCH)
 
 
@@ -211,7 +211,7 @@ def test_images_to_distort_and_to_read():
     ):
         with refuses(rf"images is {found}, not floating \[batch, height, width\]"):
             distort(jax.random.key(0), images)
-    for read in (readings.rows, readings.pixels, readings.permuted_pixels):
+    for read in (sequences.rows, sequences.pixels, sequences.permuted_pixels):
         with refuses(r"images is uint8 \[4, 3\], not an array \[batch, height, width\]"):
             read(IMAGES[0])
         assert len(read(IMAGES)) == 6

@@ -59,8 +59,8 @@ def test_mnist_is_whole_and_in_its_original_order(mnist, mnist_dir):
 
 def test_a_prepared_dataset_needs_its_source_no_more(mnist, data_dir, tmp_path):
     assert data.prepare("mnist", data_dir).data_dir == mnist.data_dir
-    assert data.prepare("auto", data_dir, tell=pytest.fail).name == "mnist"
-    assert data.prepare("auto", data_dir, tmp_path, tell=pytest.fail).name == "mnist"
+    assert data.prepare("auto", data_dir, log=pytest.fail).name == "mnist"
+    assert data.prepare("auto", data_dir, tmp_path, log=pytest.fail).name == "mnist"
 
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_byte, swap_the_label_files])
@@ -113,7 +113,7 @@ def test_a_dataset_named_outright_is_never_replaced(name, no_way_out, tmp_path):
 
 def test_auto_falls_back_to_5000_digits_and_says_so(no_way_out, tmp_path):
     told = []
-    assert data.prepare("auto", tmp_path, tell=told.append).name == "mnist5k"
+    assert data.prepare("auto", tmp_path, log=told.append).name == "mnist5k"
     warning, preparing = told
     assert warning.startswith("WARNING: MNIST can't be downloaded")
     assert "mnist5k" in warning
@@ -155,7 +155,7 @@ def test_held_out_images_are_stratified_fixed_by_the_seed_and_not_trained_on(mni
 @pytest.mark.parametrize("size", [9, 4000, 3999])
 def test_an_impossible_validation_size_is_refused(size, data_dir):
     train = data.read_split(data.prepare("mnist5k", data_dir), "train")
-    with pytest.raises(data.DataError, match=f"--validation-size {size}"):
+    with pytest.raises(data.DataError, match=f"--validation-size must be from .* is {size}:"):
         data.hold_out(train, size, seed=0)
 
 
@@ -180,7 +180,9 @@ def prepared(data_dir, tmp_path):
 def test_prepared_data_that_were_damaged_are_refused_with_the_way_out(prepared, name, damage):
     folder, files = prepared
     damage(files / name)
-    with pytest.raises(data.DataError, match=r"can't be read \(.*delete .* prepared anew") as error:
+    with pytest.raises(
+        data.DataError, match=r"can't be read \(.*delete .* run this again"
+    ) as error:
         data.read_split(data.prepare("mnist5k", folder), "train")
     assert "\n" not in str(error.value)
     assert str(folder) in str(error.value)

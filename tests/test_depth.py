@@ -138,7 +138,7 @@ def test_the_command_reports_what_it_measured(data_dir, tmp_path, capsys):
         (["--seeds", "1"], "--seeds must be at least 2"),
         (["--hidden-size", "0"], "--hidden-size must be at least 1"),
         (["--learning-rate", "nan"], "--learning-rate must be a positive number"),
-        (["--figures", __file__], "can't be made"),
+        (["--figures", __file__], "can't be created"),
     ],
 )
 def test_flags_that_can_not_be_used_get_one_line(flags, says, capsys):

@@ -94,7 +94,7 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(data_dir, tmp_path):
     process = start(data_dir, tmp_path, "--batch-size", "201", **devices(8))
     output, _ = process.communicate()
     assert process.returncode == 2
-    assert "error: --batch-size is 201, which 8 devices can't share equally" in output
+    assert "error: --batch-size must be a multiple of the 8 devices, but is 201" in output
 
 
 def free_port():

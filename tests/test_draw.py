@@ -16,7 +16,7 @@ from playwright.sync_api import expect, sync_playwright
 from small_runs import read_until
 
 from experiments.draw.__main__ import main, own_addresses
-from experiments.draw.drawing import MOST_POINTS, PEN, SIDE, Drawing
+from experiments.draw.drawing import MAX_POINTS, PEN, SIDE, Drawing
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SECONDS = 60
@@ -265,13 +265,13 @@ def test_what_is_no_point_is_not_drawn(wrong):
 
 def test_paper_is_full_at_some_time():
     drawing = Drawing()
-    for _ in range(2 * MOST_POINTS):
+    for _ in range(2 * MAX_POINTS):
         drawing.draw_to((1, 1))
         drawing.lift()
-    assert sum(map(len, drawing.strokes)) == MOST_POINTS
+    assert sum(map(len, drawing.strokes)) == MAX_POINTS
     copied = drawing.copy()
     drawing.clear()
-    assert (len(copied.strokes), drawing.strokes) == (MOST_POINTS, [])
+    assert (len(copied.strokes), drawing.strokes) == (MAX_POINTS, [])
 
 
 def test_the_address_for_all_machines_is_one_that_they_can_open():

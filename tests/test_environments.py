@@ -92,7 +92,7 @@ def test_a_platform_that_is_not_there(start, trained, data_dir, tmp_path, name):
     if name == "draw":
         flags = [*flags, "--workdir", trained]
     error = error_of(start(name, *flags, JAX_PLATFORMS=platform))
-    assert f"JAX_PLATFORMS is {platform}, but there is no {platform} here; set it to what" in error
+    assert f"JAX_PLATFORMS is {platform}, but this machine has no {platform}; set it to" in error
     assert not (tmp_path / "runs").exists()
 
 
@@ -103,7 +103,7 @@ def test_a_home_that_can_not_be_written(start, tmp_path):
     error = error_of(start("depth", "--dataset", "mnist5k", HOME=home))
     assert error == (
         f"data can't be prepared in {home}/tensorflow_datasets/mnist5k/pixels (Not a directory); "
-        f"name another folder with --data-dir"
+        f"pass another folder with --data-dir"
     )
 
 

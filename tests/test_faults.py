@@ -137,7 +137,7 @@ def test_a_step_that_is_not_there(run, workdir):
 def test_a_checkpoint_of_another_run(run, finished, workdir):
     """With the run's own config.json gone, the checkpoints still know whose they are."""
     (workdir / "config.json").unlink()
-    refused(run("--workdir", workdir, *FLAGS, "--seed", 1), "--seed is 1, the run's is 0")
+    refused(run("--workdir", workdir, *FLAGS, "--seed", 1), "--seed is 1, but the run's is 0")
     refused(run("--workdir", workdir, *FLAGS, "--hidden-size", 32), "of another model")
     assert run("--workdir", workdir, *FLAGS)[0] == 0
     assert (workdir / "config.json").read_text() == (finished / "config.json").read_text()
@@ -175,11 +175,11 @@ def test_a_config_that_cannot_be_read(run, workdir):
         ({"learning_rate": 10**400}, "'learning_rate' must be a positive number, but is 1000"),
         ({"dropout": float("nan")}, "'dropout' must be at least 0 and less than 1, but is nan"),
         ({"augment": 1}, "'augment' must be bool, but is 1"),
-        ({"no_such_flag": 1}, "a run has no 'no_such_flag'"),
+        ({"no_such_flag": 1}, "'no_such_flag' is unknown"),
         # Not the run's: a stranger's run must not say whom to connect to.
-        ({"distributed": True}, "a run has no 'distributed'"),
-        ([1], "holds no JSON object"),
-        (None, "holds no JSON object"),
+        ({"distributed": True}, "'distributed' is unknown"),
+        ([1], "does not hold a JSON object"),
+        (None, "does not hold a JSON object"),
     ],
 )
 def test_a_config_with_a_value_that_no_flag_takes(run, tmp_path, stored, says, capsys):

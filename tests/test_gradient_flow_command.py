@@ -35,7 +35,7 @@ def test_the_command_draws_and_prints_a_part(tmp_path, data_dir, capsys):
         (["--seed", "-1"], "--seed must be at least 0, but is -1"),
         (
             ["--seeds", "1", "1"],
-            "--seeds must be at least 1 number from 0 to 4294967295, each another one, but is 1 1",
+            "--seeds must be at least 1 number from 0 to 4294967295, no duplicates, but is 1 1",
         ),
         (["--learning-rate", "nan"], "--learning-rate must be a positive number, but is nan"),
     ],
@@ -50,7 +50,7 @@ def test_bad_values_are_refused_in_one_line(capsys, flags, message):
     [
         ([*SMALL, "--batch-size", "21"], "--batch-size is 21, but there are only 20 training"),
         (["--dataset", "kmnist", "--manual-dir", "/nowhere"], "--manual-dir /nowhere lacks"),
-        (["--figures", __file__], f"--figures {__file__} can't be made (File exists)"),
+        (["--figures", __file__], f"--figures {__file__} can't be created (File exists)"),
     ],
 )
 def test_what_can_not_be_read_or_written_is_said_in_one_line(

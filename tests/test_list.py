@@ -15,7 +15,9 @@ def test_every_experiment_is_listed_with_what_it_does():
 def test_a_name_of_none_is_refused_with_those_that_there_are(capsys):
     assert main(["mnist"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: there is no experiment mnist; there are: accuracy, benchmark, ")
+    assert error.startswith(
+        "error: there is no experiment mnist; choose one of: accuracy, benchmark, "
+    )
     assert error.count("\n") == 1
     assert main(["--help"]) == 0
     assert "python -m experiments.mnist_lstm" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import pytest
 from small_runs import SMALL, command, read_eval, read_lines, start
 
 from experiments import mnist_lstm
-from experiments.training_run.console import Progress, duration
+from experiments.training_run.console import ProgressBar, duration
 
 
 def test_train_evaluate_and_run_again(run, tmp_path):
@@ -66,7 +66,7 @@ def test_a_recipe_sets_what_is_left_out(run, tmp_path):
     assert run("--workdir", tmp_path, "--eval-only")[0] == 0
     status, _, error = run("--workdir", tmp_path, "--recipe", "fast")
     assert status == 2
-    assert "--recipe is fast, the run's is best" in error
+    assert "--recipe is fast, but the run's is best" in error
 
 
 def test_a_run_from_before_a_flag_goes_on_with_the_flags_default(run, tmp_path):
@@ -121,13 +121,13 @@ def test_the_lines_of_the_epochs_fit_80_columns_and_stand_below_each_other(capsy
     values = [  # loss, accuracy, images a second, seconds
         (2.30259, 0.0, 99, 0.004), (0.0000004, 1.0, 12_345.6, 9.96), (12.3456789, 0.98765, 5e5, 599)
     ]  # fmt: skip
-    with Progress(epochs * 60_000, 0) as progress:
+    with ProgressBar(epochs * 60_000, 0) as progress:
         for epoch, (loss, accuracy, speed, seconds) in zip((1, 2, epochs), values, strict=True):
             record = {"epoch": epoch, "step": 469 * epoch}
             record |= {f"{split}_loss": loss for split in splits}
             record |= {f"{split}_accuracy": accuracy for split in splits}
             record |= {"images_per_second": speed, "seconds": seconds}
-            progress.epoch(record, epochs)
+            progress.print_epoch(record, epochs)
     header, *lines = capsys.readouterr().out.splitlines()
     assert header.split()[0] == "step"
     assert header.count("loss %") == len(splits)
@@ -235,8 +235,8 @@ def test_a_workdir_of_another_run_is_refused_with_each_difference(run, tmp_path)
     kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     status, _, error = run("--workdir", tmp_path, "--hidden-size", 32, "--num-layers", 2)
     assert status == 2
-    assert "--hidden-size is 32, the run's is 24" in error
-    assert "--num-layers is 2, the run's is 1" in error
+    assert "--hidden-size is 32, but the run's is 24" in error
+    assert "--num-layers is 2, but the run's is 1" in error
     assert "--batch-size" not in error
     assert error.count("\n") == 1
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == kept
@@ -271,7 +271,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_what_was_saved(run, 
         (["--dropout", "1"], "--dropout must be at least 0 and less than 1"),
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--validation-size", "-1"], "--validation-size must be at least 0"),
-        (["--validation-size", "4000"], "of 4000 training images 10 to 3990 can be held out"),
+        (["--validation-size", "4000"], "--validation-size must be from 10 to 3990, but is 4000"),
         (["--seed", str(2**32)], "--seed must be at most 4294967295"),
         (["--hidden-size", "16385"], "--hidden-size must be at most 16384"),
         (["--checkpoint-every", "1m"], "--checkpoint-every must be steps, as in 500, or seconds"),

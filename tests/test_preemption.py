@@ -66,7 +66,7 @@ def test_a_signal_saves_the_step_and_exits(data_dir, uninterrupted, tmp_path, nu
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == status
-    assert f"stopped by {number.name}: the same command goes on from there" in output
+    assert f"stopped by {number.name}: run the same command to resume" in output
     assert "Traceback" not in output
 
     assert "resuming from step" in finish(data_dir, tmp_path, *flags)
@@ -135,7 +135,7 @@ def test_a_signal_at_any_of_twenty_moments_stops_the_run_in_one_line(
         assert len(stopped) == 1, what
         assert stopped[0].startswith(f"stopped by {kind.name}"), what
         is_saved = any(path.name.isdecimal() for path in workdir.glob("checkpoints/*"))
-        assert ("goes on from there" in stopped[0]) == is_saved, what
+        assert ("to resume" in stopped[0]) == is_saved, what
 
     with ThreadPoolExecutor(4) as together:
         list(together.map(stop_at, range(len(MOMENTS))))
@@ -144,7 +144,7 @@ def test_a_signal_at_any_of_twenty_moments_stops_the_run_in_one_line(
 def test_a_stop_that_was_deferred_comes_at_the_latest_at_the_end():
     stop = StopRequests()
     with pytest.raises(Stopped, match="SIGTERM"), stop.deferred():
-        stop.ask(signal.SIGTERM)
+        stop.request(signal.SIGTERM)
 
 
 def test_checkpoints_within_an_epoch_are_taken_by_steps_or_by_time(run, tmp_path):

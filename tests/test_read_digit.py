@@ -199,7 +199,7 @@ def test_what_is_wrong_beside_the_run_gets_one_line(trained, data_dir, tmp_path,
     assert_one_line(capsys, "--index must be less than 1000, the number of test images of mnist5k")
     (tmp_path / "file").touch()
     assert main([*flags, "--figures", str(tmp_path / "file")]) == 2
-    assert_one_line(capsys, f"--figures {tmp_path}/file can't be made")
+    assert_one_line(capsys, f"--figures {tmp_path}/file can't be created")
 
 
 def test_without_matplotlib_there_is_one_line(monkeypatch, capsys):

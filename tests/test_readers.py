@@ -16,8 +16,8 @@ from PIL import Image
 from experiments.predict.digit_image import FORMATS, DigitImageError, read_digit_image
 from experiments.report import recorded
 from experiments.training_run import run_files
-from experiments.training_run.config import Config, of_the_run, stored_config
-from experiments.training_run.loop_state import Saved
+from experiments.training_run.config import Config, hyperparameters, stored_config
+from experiments.training_run.loop_state import CheckpointMetadata
 from experiments.training_run.run_files import RunFilesError
 from lstm_flax import checkpoints
 from lstm_flax.checkpoints import DamagedError
@@ -39,7 +39,7 @@ RECORD = {
 START = {"step": 0, "time": "2026", "versions": {"jax": "0.10", "flax": None}, "processes": 1}
 EVALUATION = {"step": 14, "correct": 2, "total": 4}
 DESCRIPTION = {
-    "about": {"config": of_the_run(Config()), "records": [RECORD], "training_seconds": 0.0},
+    "about": {"config": hyperparameters(Config()), "records": [RECORD], "training_seconds": 0.0},
     "metrics": RECORD | {"validation_accuracy": 0.5},
     "leaves": {"w": {"shape": [2], "dtype": "float32", "fingerprint": 1}},
 }
@@ -82,7 +82,7 @@ def texts(tree):
 
 
 @fuzz
-@given(content=st.one_of(texts(of_the_run(Config())), st.binary(max_size=40)))
+@given(content=st.one_of(texts(hyperparameters(Config())), st.binary(max_size=40)))
 def test_a_config_is_one_or_is_refused(tmp_path_factory, content):
     workdir = tmp_path_factory.mktemp("run")
     run_files.config_path(workdir).write_bytes(content)
@@ -123,7 +123,7 @@ def test_a_checkpoints_description_is_one_or_is_damaged(tmp_path_factory, values
     with contextlib.suppress(DamagedError):
         description = checkpoints.read_description(directory, 3)
         assert checkpoints.best_fn(description["metrics"], 3) >= (-np.inf, 3)
-        saved = Saved.of(3, description["about"])
+        saved = CheckpointMetadata.parse(3, description["about"])
         assert sum(record["seconds"] for record in saved.records) >= 0
 
 

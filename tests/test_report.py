@@ -95,7 +95,9 @@ def test_the_page_says_what_the_runs_came_to(runs, data_dir, capsys):
         hidden = (24, 8)[number - 1]
         assert parameters == f"{4 * hidden * (28 + hidden + 1) + 10 * (hidden + 1):,}"
 
-        confusion = page.table(f"{evaluation['correct']} of 1,000 test images are right")
+        confusion = page.table(
+            f"{evaluation['correct']} of 1,000 test images are classified correctly"
+        )
         counts = np.array([confusion[str(label)] for label in range(10)], int)
         assert counts.trace() == evaluation["correct"]
         assert counts.sum() == 1000
@@ -109,7 +111,7 @@ def test_the_page_says_what_the_runs_came_to(runs, data_dir, capsys):
         "--seed": ["0", "5"],
     }
     assert page.table("Flags that are the same")["--batch-size"] == ["300"]
-    for rows in page.tables["With what and on what it was trained"]:
+    for rows in page.tables["The software and machine that trained it"]:
         assert ["jax", jax.__version__] in rows
         assert rows[0] == ["from step", "0"]
 
@@ -165,11 +167,11 @@ def test_runs_are_reported_as_far_as_they_go(runs, data_dir, tmp_path, capsys):
     says = [line.split(": ", 1)[1] for line in output.splitlines() if line.startswith("missing")]
     unsaved = "its confusion matrix and its mistakes: the run in {} has saved no checkpoint yet"
     assert says[0].startswith("all epochs: none is finished yet")
-    assert says[1].startswith("what it was trained with and on")
+    assert says[1].startswith("the software and machine it was trained on")
     assert says[2] == unsaved.format(young)
     assert says[3] == "the curves of epoch 1: damaged in metrics.jsonl"
     assert says[4] == unsaved.format(broken)
-    assert says[5].startswith("7 of 9 epochs: it is training still, or was stopped")
+    assert says[5].startswith("7 of 9 epochs: the run is still training, or was stopped")
     assert says[6].startswith(f"its confusion matrix and its mistakes: --manual-dir {tmp_path}")
     assert len(says) == 7
 
@@ -191,7 +193,7 @@ def test_runs_are_reported_as_far_as_they_go(runs, data_dir, tmp_path, capsys):
     ("flags", "says"),
     [
         (["no/such/run"], "there is no run in no/such/run"),
-        ([], "name the workdir of a run"),
+        ([], "pass the workdir of a run"),
     ],
 )
 def test_what_can_not_be_reported_gets_one_line(flags, says, capsys):
@@ -228,7 +230,7 @@ def test_numbers_that_no_run_has_are_refused(stranger, data_dir, capsys, name, v
     metrics = (stranger / "metrics.jsonl").read_text()
     (stranger / "metrics.jsonl").write_text(json.dumps(line).replace('"HERE"', value))
     assert report(stranger, "--data-dir", data_dir) == 2
-    assert_one_line(capsys, f"metrics.jsonl, line 1: {name} can't be true")
+    assert_one_line(capsys, f"metrics.jsonl, line 1: {name} must be a")
     (stranger / "metrics.jsonl").write_text(metrics)
 
 
@@ -244,16 +246,16 @@ def repeat(path):
     ("name", "make", "says"),
     [
         ("metrics.jsonl", nest, "nested too deeply"),
-        ("metrics.jsonl", repeat, "line 3: its epoch comes again"),
+        ("metrics.jsonl", repeat, "line 3: its epoch is out of order"),
         ("metrics.jsonl", os.mkfifo, "not a regular file"),
         ("metrics.jsonl", lambda path: path.symlink_to("/dev/zero"), "it is a link"),
         ("metrics.jsonl", lambda path: (path.touch(), os.truncate(path, 2**33)), "than 8 MiB"),
         ("eval.json", nest, "nested too deeply"),
         ("eval.json", os.mkfifo, "not a regular file"),
         ("eval.json", lambda path: path.write_text('{"step": 1, "correct": 9, "total": 4}'),
-         "more images are correct"),
+         "correct is larger than total"),
         ("eval.json", lambda path: path.write_text('{"step": 1, "correct": 1, "total": 0}'),
-         "total can't be true"),
+         "total must be an integer"),
         ("environment.jsonl", os.mkfifo, "not a regular file"),
         ("environment.jsonl", lambda path: path.write_text("{}\n" * 2000), "more starts"),
     ],

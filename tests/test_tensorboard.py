@@ -13,8 +13,14 @@ from small_runs import read_lines as read_metrics
 
 from experiments import mnist_lstm
 from experiments.harness.usage import install_command
-from experiments.training_run.board import RUNNING, TAGS, Board, cut_after, event_files
 from experiments.training_run.config import Config
+from experiments.training_run.metric_writer import (
+    RUNNING,
+    TAGS,
+    MetricWriter,
+    cut_after,
+    event_files,
+)
 from experiments.training_run.run_files import RunFilesError, environment_path, read_lines
 
 FLAGS = [
@@ -96,10 +102,10 @@ def test_a_run_that_goes_on_from_an_earlier_step_has_clean_curves(run, uninterru
 def test_the_epochs_that_the_files_lack_are_added(uninterrupted, tmp_path):
     """As where the flag is given late, or where a kill took what was not yet on disk."""
     lines, folder = read_metrics(uninterrupted), tmp_path / "tensorboard"
-    with Board(folder, 12, lines[:1]):
+    with MetricWriter(folder, 12, lines[:1]):
         pass
     for _ in range(2):  # and only once
-        with Board(folder, 24, lines):
+        with MetricWriter(folder, 24, lines):
             pass
     found = curves(tmp_path)
     assert found[TAGS["test_loss"]] == [(n["step"], pytest.approx(n["test_loss"])) for n in lines]
@@ -111,9 +117,9 @@ def test_a_reader_that_is_open_forgets_what_is_taken_back(tmp_path):
 
     reader = EventAccumulator(str(tmp_path))
     for start, steps in ((0, (1, 4, 7)), (4, (6, 8))):
-        with Board(tmp_path, start, []) as board:
+        with MetricWriter(tmp_path, start, []) as writer:
             for step in steps:
-                board.advance(step, 1.0)
+                writer.write_running_loss(step, 1.0)
         reader.Reload()
     assert [point.step for point in reader.Tensors(RUNNING)] == [1, 4, 6, 8]
 
@@ -157,7 +163,7 @@ def test_without_the_package_there_is_one_line(run, tmp_path, monkeypatch):
 def test_a_folder_that_can_not_be_written_is_said(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunFilesError, match=r"/file can't be written \(File exists\)"):
-        Board(tmp_path / "file", 0, [])
+        MetricWriter(tmp_path / "file", 0, [])
 
 
 def test_a_run_trains_on_where_its_start_can_not_be_kept(tmp_path, capsys):

@@ -11,7 +11,7 @@ from lstm_flax import (
     create_train_state,
     eval_step,
     evaluate,
-    readings,
+    sequences,
     train_step,
     train_steps,
     training,
@@ -47,7 +47,7 @@ def assert_equal_trees(left, right):
 
 
 def run_epoch(state, data, chunks, **options):
-    metrics, keys = Metrics.zero(), Keys.from_seed(5)
+    metrics, keys = Metrics.empty(), Keys.from_seed(5)
     for chunk in chunks:
         state, metrics = train_steps(state, metrics, data, keys, chunk, **options)
     return state, metrics
@@ -59,7 +59,7 @@ def train_a_little(num_steps):
     sample = jnp.zeros((1, 4, 3))  # float64 with x64
     state = create_train_state(LSTMClassifier(4, 1), tx, sample, jax.random.key(0))
     data = {name: array[..., :4, :3] if array.ndim > 1 else array for name, array in DATA_5.items()}
-    fresh = jax.tree.leaves(jax.tree.map(jnp.copy, (state, Metrics.zero())))
+    fresh = jax.tree.leaves(jax.tree.map(jnp.copy, (state, Metrics.empty())))
     state, metrics = run_epoch(state, data, [num_steps], batch_size=3)
     evaluated = evaluate(state, data, batch_size=3)
     read = (evaluated.loss, evaluated.accuracy)
@@ -156,7 +156,7 @@ def test_chunks_of_any_size_give_the_same_bits(options):
 
 def test_train_steps_equal_a_loop_over_train_step():
     data, keys = make_data(23), Keys.from_seed(5)
-    looped, expected = make_state(), Metrics.zero()
+    looped, expected = make_state(), Metrics.empty()
     for epoch in range(2):
         order = jax.random.permutation(jax.random.fold_in(keys.order, epoch), 23)
         for first in range(0, 23, 5):
@@ -261,11 +261,11 @@ def test_label_smoothing_is_cross_entropy_with_soft_targets():
 
 def test_readings_have_every_pixel_once_and_a_fixed_order():
     images = jnp.arange(2 * 784).reshape(2, 28, 28)
-    np.testing.assert_array_equal(readings.rows(images)[1, 3], images[1, 3])
-    sequence = readings.pixels(images)
+    np.testing.assert_array_equal(sequences.rows(images)[1, 3], images[1, 3])
+    sequence = sequences.pixels(images)
     assert sequence.shape == (2, 784, 1)
     np.testing.assert_array_equal(sequence[1, 30, 0], images[1, 1, 2])
-    permuted = readings.permuted_pixels(images)[:, :, 0]
+    permuted = sequences.permuted_pixels(images)[:, :, 0]
     np.testing.assert_array_equal(jnp.sort(permuted), images.reshape(2, 784))
     np.testing.assert_array_equal(permuted[1] - 784, permuted[0])
     assert permuted[0, :3].tolist() == [319, 576, 323]  # as in the literature's code

@@ -32,8 +32,8 @@ from experiments.harness.usage import (
     check_numbers,
     check_packages,
     counted,
+    print_status,
     read_flags,
-    tell,
 )
 
 
@@ -134,7 +134,7 @@ def run_cases(options: Options) -> None:
     """Measure, print, write and draw."""
     cases, peers = chosen_cases(options), chosen_peers(options)
     settings = Settings(options.rounds, options.seconds, options.memory, options.modes)
-    tell(f"measuring {counted(len(cases), 'case')} with {counted(len(peers), 'peer')}")
+    print_status(f"measuring {counted(len(cases), 'case')} with {counted(len(peers), 'peer')}")
     with tqdm(total=len(cases) * len(options.modes), unit=" cases", disable=None) as bar:
 
         def advance(done: str) -> None:
@@ -154,7 +154,7 @@ def run_job(options: Options) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         job = prepare_job(options, Path(scratch))
         turns = jobs.turns(job, with_torch)
-        tell(f"running {counted(turns, 'job')}")
+        print_status(f"running {counted(turns, 'job')}")
         with tqdm(total=turns, unit=" runs", disable=None) as bar:
 
             def advance(done: str) -> None:

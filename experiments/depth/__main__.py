@@ -33,8 +33,8 @@ from experiments.harness.usage import (
     check_numbers,
     check_seeds,
     counted,
+    print_status,
     read_flags,
-    tell,
 )
 from lstm_flax import training
 from lstm_flax.data import DataError
@@ -128,10 +128,10 @@ def compare(options: Options, train_set: Batch, test_set: Batch) -> list[Row]:
         if make_model(kind, layers, options.hidden_size).core.why_not_native(sample) is None:
             scanning = make_model(kind, layers, options.hidden_size, "scan")
             timed[kind, layers, "scan"] = states[kind, layers][0].replace(apply_fn=scanning.apply)
-    tell(f"timing {counted(len(timed), 'model')}, which are compiled first")
+    print_status(f"timing {counted(len(timed), 'model')}, which are compiled first")
     seconds = step_seconds(timed, recipe, train_set, options.rounds)
 
-    tell(f"training {counted(len(names) * len(keys), 'model')}")
+    print_status(f"training {counted(len(names) * len(keys), 'model')}")
     rows = []
     for kind, layers in tqdm(names, unit=" models", disable=None):
         trained = (

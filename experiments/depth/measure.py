@@ -72,7 +72,7 @@ def step_seconds(
         for name, state in states.items():
             started, step = time.perf_counter(), int(state.step)
             states[name], _ = training.train_steps(
-                state, Metrics.zero(), train_set, keys, STEPS_A_TURN, batch_size=recipe.batch_size
+                state, Metrics.empty(), train_set, keys, STEPS_A_TURN, batch_size=recipe.batch_size
             )
             steps = int(states[name].step) - step  # fewer where an epoch ends
             if turn > 0:  # the first one compiles

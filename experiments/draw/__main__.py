@@ -2,9 +2,9 @@
 
     python -m experiments.draw --workdir runs/mnist_lstm [--port 8080]
 
-Opens a page on this machine: what the model sees, the probabilities after each of the 28 rows, and
-the gates and the cell state of every unit. Nothing that is drawn leaves the machine. To draw on a
-phone, serve all machines of a network that you trust: --host 0.0.0.0
+Opens a page on this machine. It shows what the model sees, the probabilities after each of the 28
+rows, and the gates and the cell state of every unit. Drawings stay on this machine. To draw on a
+phone, serve a network that you trust: --host 0.0.0.0
 """
 
 import contextlib
@@ -23,10 +23,10 @@ from experiments.training_run.run_files import RunFilesError
 from lstm_flax.checkpoints import CheckpointError
 
 ANY_HOST = ("0.0.0.0", "")
-"""What a server listens on to be reached from all machines; no browser can go there."""
+"""Hosts that serve all machines; a browser can't open them."""
 
 LOOPBACK = ("127.0.0.1", "localhost")
-"""This machine, to itself."""
+"""Hosts that serve only this machine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,22 +34,24 @@ class Options:
     """The flags, with their defaults."""
 
     workdir: Path = Path("runs/mnist_lstm")
-    """Where the trained run lives."""
+    """Folder of the trained run."""
     host: str = "127.0.0.1"
-    """Address to serve; this one can be reached from this machine alone, 0.0.0.0 from all."""
+    """Address to serve; the default is open to this machine only, 0.0.0.0 to all machines."""
     port: int = 8080
-    """Port to serve; 0: any that is free."""
+    """Port to serve; 0 takes any free port."""
     browser: bool = True
     """Open the page in a browser."""
 
 
 @command(RunFilesError, CheckpointError)
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve the page from a command line, until Ctrl-C; returns the exit status."""
+    """Serve the page from a command line until Ctrl-C, and return the exit status."""
     options = read_flags(Options, argv, name="draw", description=__doc__)
     check_packages("draw", "nicegui", "ifaddr", "matplotlib")
     port = find_port(options)
-    print(f"restoring {printable(options.workdir)}, and compiling it for the page", flush=True)
+    print(
+        f"restoring {printable(options.workdir)}, and compiling its model for the page", flush=True
+    )
     trained = restore_row_reader(options.workdir)
     serve(trained, options.host, port, options.browser)
     return 0
@@ -59,7 +61,7 @@ def find_port(options: Options) -> int:
     """Return the port to serve.
 
     Raises:
-        UsageError: it is in use or can't be had, or the host is none of this machine's.
+        UsageError: the port is in use or not allowed, or the host is not this machine.
     """
     try:
         with socket.socket() as probe:
@@ -70,12 +72,12 @@ def find_port(options: Options) -> int:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(
             f"--host {options.host} --port {options.port} can't be served ({reason}); "
-            f"--port 0 takes any that is free"
+            f"--port 0 takes any free port"
         ) from error
 
 
 def own_addresses(host: str) -> list[str]:
-    """Where a browser finds this machine when it serves a host."""
+    """Return the addresses at which a browser can open the page."""
     import ifaddr  # NiceGUI, an extra, needs it too
 
     if host not in ANY_HOST:
@@ -93,13 +95,13 @@ def serve(trained: RestoredRun, host: str, port: int, open_browser: bool) -> Non
     from experiments.draw.drawing import Drawing
     from experiments.draw.page import Page, watch
 
-    watch(trained, Drawing())  # compiled now, so that the first stroke need not wait for it
+    watch(trained, Drawing())  # compile now, so that the first stroke does not wait
     addresses = own_addresses(host)
-    # Another site can give this machine a name of its own, and then ask for it as for itself.
+    # Another site could point a name of its own at this machine, and read the page as its own.
     names = [*addresses, *LOOPBACK, socket.gethostname(), f"{socket.gethostname()}.local"]
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)
-    core.sio.eio.cors_allowed_origins = None  # its own origin alone, and not all as NiceGUI has it
-    core.sio.eio.logger.setLevel(logging.CRITICAL)  # what is refused need not be told
+    core.sio.eio.cors_allowed_origins = None  # only the page's own origin; NiceGUI allows all
+    core.sio.eio.logger.setLevel(logging.CRITICAL)  # don't log refused connections
     app.on_startup(
         lambda: print(
             f"step {trained.step} of {printable(trained.config.workdir)} reads what you draw at "
@@ -109,14 +111,14 @@ def serve(trained: RestoredRun, host: str, port: int, open_browser: bool) -> Non
         )
     )
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with contextlib.suppress(KeyboardInterrupt):  # that is how it is meant to end
+    with contextlib.suppress(KeyboardInterrupt):  # the normal end
         ui.run(
             lambda: Page(trained).build(),
             host=host,
             port=port,
             title="Draw a digit",
             language="en-US",
-            dark=None,  # as the reader's system is
+            dark=None,  # follow the reader's system
             show=open_browser,
             reload=False,
             tailwind=False,

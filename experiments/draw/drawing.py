@@ -1,4 +1,4 @@
-"""A drawing: the strokes of a pen, as a browser shows them and as a model reads them."""
+"""A drawing: the strokes of a pen, as SVG for a browser and as pixels for a model."""
 
 import dataclasses
 
@@ -6,13 +6,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIDE = 280
-"""Height and width of the paper, in units that a browser scales as it likes."""
+"""Height and width of the paper, in units that a browser may scale."""
 
 PEN = 24
-"""Width of a stroke, in the same units: of a digit that fills the paper, as wide as MNIST's are."""
+"""Width of a stroke, in the same units: for a digit that fills the paper, that of MNIST."""
 
-MOST_POINTS = 5_000
-"""Of a drawing; a person's has some hundred, and there is no room for more on the paper."""
+MAX_POINTS = 5_000
+"""Largest number of points of a drawing; a person's drawing has some hundred."""
 
 Point = tuple[float, float]
 """x from the left, y from the top."""
@@ -20,14 +20,14 @@ Point = tuple[float, float]
 
 @dataclasses.dataclass
 class Drawing:
-    """Strokes, each a list of points; `is_down` while the pen is on the paper."""
+    """Strokes, each a list of points; `is_down` is True while the pen is on the paper."""
 
     strokes: list[list[Point]] = dataclasses.field(default_factory=list)
     is_down: bool = False
 
     def draw_to(self, point: Point) -> None:
-        """Go on to a point; put the pen down there, if it is not down. Full paper takes no more."""
-        if sum(map(len, self.strokes)) >= MOST_POINTS:
+        """Draw to a point, or start a stroke there; does nothing when the drawing is full."""
+        if sum(map(len, self.strokes)) >= MAX_POINTS:
             return
         if not self.is_down:
             self.strokes.append([])
@@ -39,21 +39,21 @@ class Drawing:
         self.is_down = False
 
     def undo(self) -> None:
-        """Take back the last stroke, if there is one."""
+        """Remove the last stroke, if there is one."""
         self.lift()
         del self.strokes[-1:]
 
     def clear(self) -> None:
-        """Take back all strokes."""
+        """Remove all strokes."""
         self.lift()
         self.strokes.clear()
 
     def copy(self) -> "Drawing":
-        """The strokes as they are now, which another thread may look at."""
+        """Return a copy that another thread can read."""
         return Drawing([list(stroke) for stroke in self.strokes])
 
     def svg(self) -> str:
-        """The strokes as elements of an SVG of `SIDE` x `SIDE`."""
+        """Return the strokes as elements of an SVG of `SIDE` x `SIDE`."""
         lines = "".join(
             f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in [*stroke, stroke[-1]])}"/>'
             for stroke in self.strokes
@@ -62,7 +62,7 @@ class Drawing:
         return f'<g fill="none" stroke="black" {pen}>{lines}</g>'
 
     def ink(self) -> np.ndarray:
-        """The strokes as ink, float32 [SIDE, SIDE]: 0 paper, 1 stroke."""
+        """Return the strokes as ink, float32 [SIDE, SIDE]: 0 is paper, 1 is stroke."""
         paper = Image.new("L", (SIDE, SIDE))
         pen = ImageDraw.Draw(paper)
         for stroke in self.strokes:

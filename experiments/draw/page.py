@@ -1,4 +1,4 @@
-"""The page: paper to draw on, and what the model makes of it."""
+"""The page: paper to draw on, and how the model reads the drawing."""
 
 import base64
 import io
@@ -17,13 +17,13 @@ from experiments.read_digit.reading import answers, gates_by_row, probabilities_
 from experiments.training_run.restored import RestoredRun
 
 NOTHING = "nothing yet"
-"""What stands for an answer while the paper is blank."""
+"""The answer while the paper is blank."""
 
 READ_EVERY = 0.05
-"""Seconds between looks at whether there is something new to read."""
+"""Seconds between checks for something new to read."""
 
 KEY_STEP = 10.0
-"""How far an arrow key moves the pen, of the paper's `SIDE`."""
+"""How far an arrow key moves the pen, in the units of `SIDE`."""
 
 ARROWS = {"ArrowLeft": (-1, 0), "ArrowRight": (1, 0), "ArrowUp": (0, -1), "ArrowDown": (0, 1)}
 
@@ -32,7 +32,7 @@ SEND_ARROWS = """(event) => {
     event.preventDefault();
     emit({key: event.key, shift: event.shiftKey});
 }"""
-"""In the browser: an arrow moves the pen and not the page; all other keys do what they do."""
+"""In the browser, an arrow key moves the pen instead of the page; other keys work as usual."""
 
 STYLE = f"""
 .nicegui-content {{ max-width: 64rem; margin: auto; }}
@@ -59,7 +59,7 @@ p {{ margin: 0; max-width: 40rem; }}
 
 
 class Watched(NamedTuple):
-    """What a model sees, believes and does while it reads a drawing."""
+    """What a model sees, its probabilities and its gates while it reads a drawing."""
 
     image: np.ndarray  # uint8 [28, 28]
     probabilities: np.ndarray  # float32 [28, classes], after each row
@@ -67,7 +67,7 @@ class Watched(NamedTuple):
 
 
 def watch(trained: RestoredRun, drawing: Drawing) -> Watched:
-    """Let a model read a drawing."""
+    """Read a drawing with a model."""
     image = as_mnist(drawing.ink())
     return Watched(
         image,
@@ -77,7 +77,7 @@ def watch(trained: RestoredRun, drawing: Drawing) -> Watched:
 
 
 class Page:
-    """What one person sees; each tab of a browser has a page of its own."""
+    """The page of one browser tab."""
 
     def __init__(self, trained: RestoredRun):
         self.trained = trained
@@ -88,7 +88,7 @@ class Page:
     def build(self) -> None:
         """Lay the page out."""
         ui.add_css(STYLE)
-        ui.colors(primary=plots.COLOURS[0])  # white on it is easy to read
+        ui.colors(primary=plots.COLOURS[0])  # white text on it is easy to read
         ui.html("<h1>Draw a digit</h1>", sanitize=False)
         ui.label("A trained LSTM reads it row by row, from the top, while you draw.")
         with ui.element("main").classes("panels"):
@@ -97,14 +97,14 @@ class Page:
             self._build_belief()
         ui.label(
             "The model sees the drawing as MNIST's digits were prepared: scaled to 20 x 20 pixels, "
-            "its centre of mass in the middle of 28 x 28. Beside each row is how likely each class "
-            "was once it had read that row. The drawing goes to the machine that serves this page, "
-            "and no further."
+            "its centre of mass in the middle of 28 x 28. Beside each row is how likely each "
+            "class was after the model had read that row. The drawing is sent only to the machine "
+            "that serves this page."
         )
         ui.html("<h2>What its units do, row by row</h2>", sanitize=False)
         ui.label(
-            "Time goes from left to right, a row of the image at a step; every line is a unit, in "
-            "the order in which their cell states are largest."
+            "Time goes from left to right, one row of the image per step. Every line is a unit, "
+            "ordered by the step at which its cell state is largest."
         )
         legend(f"gate shut, cell state -{CELL_LIMIT}", f"gate open, cell state {CELL_LIMIT}")
         self.gates = [self._build_gates(k) for k in range(self.trained.model.core.num_layers)]
@@ -120,7 +120,7 @@ class Page:
                 ui.interactive_image(
                     size=(SIDE, SIDE),
                     events=["pointerdown", "pointermove", "pointerup", "pointerleave"],
-                    sanitize=False,  # it is all ours: numbers in polylines
+                    sanitize=False,  # this page writes all of it: numbers in polylines
                 )
                 .classes("square paper")
                 .props('tabindex=0 role=application aria-label="Paper"')
@@ -206,28 +206,28 @@ class Page:
         self.is_read = False
 
     def on_undo(self) -> None:
-        """Take back a stroke."""
+        """Remove the last stroke."""
         self.drawing.undo()
         self.show_drawing()
         self.is_read = False
 
     def show_drawing(self, with_pen: bool = False) -> None:
-        """Show the strokes, and where the pen is, as a ring, if nothing else shows that."""
+        """Show the strokes, and with `with_pen` a ring where the arrow keys moved the pen."""
         x, y = self.pen
         ring = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="white" stroke="#0072b2"/>'
         self.paper.set_content(self.drawing.svg() + (ring if with_pen else ""))
 
     async def read(self) -> None:
-        """Let the model read what was drawn since the last time, if anything was."""
+        """Read the drawing with the model, if it has changed."""
         if self.is_read:
             return
         self.is_read = True
         if not self.drawing.strokes:
             self.show_nothing()
             return
-        # In a thread, so that the page takes more strokes meanwhile.
+        # In a thread, so that the page accepts strokes meanwhile.
         watched = await run.io_bound(watch, self.trained, self.drawing.copy())
-        if watched is not None:  # it is None where the server is about to end
+        if watched is not None:  # None if the server is shutting down
             self.show(watched)
 
     def show_nothing(self) -> None:
@@ -239,7 +239,7 @@ class Page:
         self.tell_stretches("")
 
     def show(self, watched: Watched) -> None:
-        """Show what the model sees, believes and does."""
+        """Show what the model sees, its probabilities and its gates."""
         probabilities = watched.probabilities
         runner_up, answer = np.argsort(probabilities[-1])[-2:]
         self.answer.set_text(f"{answer}, {probabilities[-1, answer]:.1%} sure")
@@ -260,19 +260,19 @@ class Page:
                 shown.set_source(heat_map(gates[quantity][:, order].T, low, high))
 
     def tell_stretches(self, text: str) -> None:
-        """Say in words which answer was the likeliest after which rows."""
+        """Show in words which answer was the likeliest after which rows."""
         self.stretches.set_text(text)
         self.belief.props(f'aria-label="{text or NOTHING}"')
 
 
 def is_near(coordinate: object) -> bool:
-    """Whether a coordinate is on the paper or not far from it; a browser may send anything."""
+    """Whether a coordinate is on or near the paper; a browser may send anything."""
     is_number = isinstance(coordinate, int | float) and not isinstance(coordinate, bool)
     return is_number and -SIDE <= coordinate <= 2 * SIDE  # type: ignore[operator]
 
 
 def legend(low: str, high: str) -> None:
-    """What the colours of a heat map stand for."""
+    """Add a legend of the colours of a heat map."""
     with ui.element("div").classes("legend"):
         ui.label(low)
         colours = heat_map(np.linspace(0, 1, 256)[None], 0, 1)
@@ -281,19 +281,19 @@ def legend(low: str, high: str) -> None:
 
 
 def picture(shape: str, description: str) -> ui.interactive_image:
-    """A place for a small picture, whose pixels are shown as squares."""
+    """Add a place for a small picture, whose pixels appear as squares."""
     element = ui.interactive_image(size=(SIDE, SIDE)).classes(f"{shape} pixels")
     return element.props(f'role=img aria-label="{description}"')
 
 
 def heat_map(values: np.ndarray, low: float, high: float) -> str:
-    """Values [height, width] from `low` to `high` as the URL of a picture, a pixel each."""
+    """Return values [height, width] from `low` to `high` as a data URL, one pixel each."""
     colours = mpl.colormaps[plots.HEAT]((values - low) / (high - low), bytes=True)
     return data_url(Image.fromarray(colours))
 
 
 def data_url(image: Image.Image) -> str:
-    """A picture as a URL that holds all of it."""
+    """Return a picture as a data URL."""
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -42,8 +42,8 @@ from experiments.harness.usage import (
     check_numbers,
     check_seeds,
     counted,
+    print_status,
     read_flags,
-    tell,
 )
 from lstm_flax import Keys
 from lstm_flax.data import DataError, Split
@@ -99,7 +99,7 @@ def run(options: Options, drawn: Figures) -> None:
 
     splits = load_splits(options)
     if options.part in ("all", "flow"):
-        tell("part flow: gradients before and after training")
+        print_status("part flow: gradients before and after training")
         flows = measure_flow(options, splits)
         figures.draw_flow(
             [flow for flow in flows if not flow.is_trained],
@@ -113,12 +113,12 @@ def run(options: Options, drawn: Figures) -> None:
         )
         print(flow_table(flows), flush=True)
     if options.part in ("all", "clipping"):
-        tell("part clipping: training with and without it")
+        print_status("part clipping: training with and without it")
         traces = measure_clipping(options, splits)
         figures.draw_clipping(traces, drawn.path("clipping.png"))
         print(clipping_table(traces), flush=True)
     if options.part in ("all", "memory"):
-        tell(f"part memory: training with {counted(len(options.seeds), 'seed')}")
+        print_status(f"part memory: training with {counted(len(options.seeds), 'seed')}")
         found = measure_memory(options, splits)
         figures.draw_memory(found, drawn.path("memory.png"))
         print(memory_table(found), flush=True)

@@ -63,7 +63,7 @@ def trace(
     for _ in range(steps):
         flow = mean_norms(variant.model, state.params, x, probe["label"])["h"]
         state, metrics = training.train_steps(
-            state, Metrics.zero(), data, keys, 1, batch_size=batch_size
+            state, Metrics.empty(), data, keys, 1, batch_size=batch_size
         )
         norms.append(float(optax.tree.get(state.opt_state, "norm")))
         losses.append(float(metrics.loss))

@@ -1,4 +1,4 @@
-"""What stands around every experiment: flags, signals, exit status, tables, figures, short runs.
+"""What all experiments share: flags, signals, exit status, tables, figures, short trainings.
 
-Nothing here knows an experiment, or the training run in `experiments.training_run`.
+Nothing here depends on one experiment, or on the training run in `experiments.training_run`.
 """

@@ -1,4 +1,4 @@
-"""What stands around every command: whatever the machine lacks ends it in one line and a status."""
+"""The decorator of every command: expected failures end it with one line and an exit status."""
 
 import functools
 import logging
@@ -17,15 +17,15 @@ Fail = Callable[[Exception], int]
 
 
 def command(*refusals: type[Exception], fail: Fail = usage.fail) -> Callable[[Main], Main]:
-    """Decorate a command's `main`, so that it returns 2 after one line where it can't go on.
+    """Decorate a command's `main`, so that an expected failure prints one line and returns 2.
 
-    Such are a `UsageError`, the errors that are named here, those of the operating system, too
-    little memory, and a platform of `JAX_PLATFORMS` that is not there. Where nobody reads the
-    output any more it ends without a word, with the status of a process that SIGPIPE ended.
+    Expected failures are `UsageError`, the errors in `refusals`, errors of the operating system,
+    too little memory, and a missing platform in `JAX_PLATFORMS`. When nobody reads the output any
+    more, the command ends silently, with the status of a process that SIGPIPE ended.
 
     Args:
         refusals: errors whose message says what to do.
-        fail: says why the command ends, and returns its status.
+        fail: prints why the command ends, and returns its status.
     """
 
     def decorate(main: Main) -> Main:
@@ -39,7 +39,7 @@ def command(*refusals: type[Exception], fail: Fail = usage.fail) -> Callable[[Ma
             except BrokenPipeError:
                 return 128 + signal.SIGPIPE
             finally:
-                streams.silence()  # else what waits would be an error at Python's own end
+                streams.silence()  # otherwise unwritten output would raise when Python exits
 
         return run
 
@@ -47,12 +47,12 @@ def command(*refusals: type[Exception], fail: Fail = usage.fail) -> Callable[[Ma
 
 
 def quieten() -> None:
-    """Silence what libraries log beside what they raise, or of no use to who runs a command."""
+    """Silence log messages that repeat what a library raises, or that don't help a user."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax and tfds
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Orbax's event loop
-    # What a failed save of Orbax leaves.
+    # A failed save of Orbax leaves these.
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it keeps its list of fonts
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # the path of its font list
 
 
 def _in_one_line(
@@ -77,13 +77,13 @@ def _in_one_line(
 
 
 def os_reason(error: OSError) -> str:
-    """What the operating system objects to, and in which file, in one line."""
+    """Return the operating system's reason, and the file that it names, in one line."""
     reason = " ".join(str(error.strerror or error).split())
     return reason if error.filename is None else f"{os.fsdecode(error.filename)}: {reason}"
 
 
 def why_out_of_memory(error: Exception) -> str | None:
-    """What to do where an error says that there is too little memory; None for any other."""
+    """Return what to do if an error means too little memory; None for any other error."""
     if isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED"):
         what = " ".join(str(error).split()) or type(error).__name__
         return f"there is too little memory ({what[:200]}); make the model or the batch smaller"
@@ -91,23 +91,23 @@ def why_out_of_memory(error: Exception) -> str | None:
 
 
 def why_no_platform() -> str | None:
-    """What to do where JAX can't start as `JAX_PLATFORMS` asks; None where it can.
+    """Return what to do if JAX can't start on `JAX_PLATFORMS`; None if it can.
 
-    Called when something failed: JAX itself says it in as many ways as there are platforms, or by a
-    bare AssertionError.
+    This is called after a failure: JAX itself reports it differently for each platform, or only
+    raises a bare AssertionError.
     """
     jax: Any = sys.modules.get("jax")
     asked = jax and jax.config.jax_platforms
     if not asked:
         return None
-    jax.config.update("jax_platforms", "")  # what there is, may start
+    jax.config.update("jax_platforms", "")  # allow all platforms
     missing = [name for name in asked.split(",") if not _has_platform(jax, name)]
     if not missing:
         return None
     there_are = " and ".join(dict.fromkeys([jax.default_backend(), "cpu"]))
     return (
-        f"JAX_PLATFORMS is {asked}, but there is no {' and no '.join(missing)} here; "
-        f"set it to what there is ({there_are}), or leave it out"
+        f"JAX_PLATFORMS is {asked}, but this machine has no {' and no '.join(missing)}; "
+        f"set it to an available platform ({there_are}), or unset it"
     )
 
 

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
-    """A table in GitHub's Markdown, which a terminal shows in even columns too.
+    """Return a table in GitHub's Markdown, whose columns are aligned in a terminal too.
 
     Args:
         header: the columns' titles.
-        rows: of cells as they are to be shown.
-        text_columns: how many columns from the left hold text; those of the others are numbers,
-            which go to the right.
+        rows: the cells of each row, formatted.
+        text_columns: how many columns, from the left, hold text; the others hold numbers and are
+            aligned to the right.
     """
     columns = []
     for k, (title, *cells) in enumerate(zip(header, *rows, strict=True)):

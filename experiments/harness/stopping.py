@@ -1,12 +1,12 @@
-"""Being asked to stop: Ctrl-C, and the SIGTERM that a machine sends before it goes away.
+"""Stop on Ctrl-C, and on the SIGTERM that a machine sends before it goes away.
 
-A command listens from its first import on. A thread of its own hears the signals: Python's main
-thread hears none while XLA compiles, and what a handler raises there may pass through code that was
-not written for it. A command that stops at once does so by `os._exit`: the interpreter's own end
-would take away what XLA's threads are using. Nothing that was saved suffers, for checkpoints and
-files are renamed into place when they are whole.
+A command listens from its first import on. A separate thread receives the signals, because Python's
+main thread receives none while XLA compiles, and an exception that a handler raises there may pass
+through code that does not expect it. To stop immediately, a command calls `os._exit`, because a
+normal exit of the interpreter would free what XLA's threads are using. Nothing already saved is
+lost: checkpoints and files are renamed into place once they are complete.
 
-This is imported before all else, so it imports little.
+This module is imported before all others, so it imports little.
 """
 
 import atexit
@@ -22,7 +22,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
-    """The run stops because a signal asked it to; `signal` is its number."""
+    """The run stops because a signal asked it to; `signal` is the signal's number."""
 
     def __init__(self, signal_number: int):
         super().__init__(signal.Signals(signal_number).name)
@@ -30,38 +30,42 @@ class Stopped(Exception):
 
 
 class StopRequests:
-    """Signals that came in: they end the process at once, or at a good moment while `deferred`.
+    """The stop signals that this process has received.
 
-    While deferred, a second signal ends it at once.
+    A signal ends the process immediately. Within `deferred` it only sets `received`, so that the
+    program can stop at a good moment; a second signal then ends the process immediately.
     """
 
     def __init__(self):
-        self.asked = 0  # the signal's number
-        self.outlook: Callable[[], str] = lambda: ""
-        """What a person who stops it should know, for the end of the line that says so."""
+        self.received = 0  # the number of the signal; 0 before one arrives
+        self.hint: Callable[[], str] = lambda: ""
+        """Returns the end of the line that says that the process stops: how to continue."""
         self._is_deferred = False
         self._lock = threading.Lock()
 
     def listen(self) -> None:
-        """Hear SIGINT and SIGTERM from now on, to the end of the process."""
-        for stream in (sys.stdout, sys.stderr):  # whole lines: leaving at once loses and cuts none
+        """Receive SIGINT and SIGTERM from now on, until the process ends."""
+        for stream in (
+            sys.stdout,
+            sys.stderr,
+        ):  # whole lines, so that `os._exit` loses and cuts none
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(line_buffering=True, write_through=False)
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         for number in SIGNALS:
-            signal.signal(number, _heard_elsewhere)
-        threading.Thread(target=self._hear, args=(reading,), daemon=True, name="signals").start()
-        # Registered first, so called last: when all is done, there is nothing to stop.
+            signal.signal(number, _left_to_thread)
+        threading.Thread(target=self._receive, args=(reading,), daemon=True, name="signals").start()
+        # Registered first, so called last: by then there is nothing left to stop.
         atexit.register(self._ignore)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Let signals wait until the body looks at `asked`.
+        """Let signals wait until the body checks `received`.
 
         Raises:
-            Stopped: at the end of the body, where it was asked to stop.
+            Stopped: at the end of the body, if a signal has arrived.
         """
         with self._lock:
             self._is_deferred = True
@@ -70,28 +74,30 @@ class StopRequests:
         finally:
             with self._lock:
                 self._is_deferred = False
-        if self.asked:
-            raise Stopped(self.asked)
+        if self.received:
+            raise Stopped(self.received)
 
-    def say(self, stopped: Stopped) -> None:
-        """Say in one line that the process stops."""
-        _tell(f"stopped by {stopped}{self.outlook()}")
+    def announce(self, stopped: Stopped) -> None:
+        """Print one line that says that the process stops."""
+        _print_line(f"stopped by {stopped}{self.hint()}")
 
-    def _hear(self, reading: int) -> None:
+    def _receive(self, reading: int) -> None:
         while True:
             for number in os.read(reading, 1):
-                # A server has handlers of its own.
-                if number in SIGNALS and signal.getsignal(number) is _heard_elsewhere:
-                    self.ask(number)
+                # A server installs handlers of its own.
+                if number in SIGNALS and signal.getsignal(number) is _left_to_thread:
+                    self.request(number)
 
-    def ask(self, number: int) -> None:
-        """Ask the process to stop, as this signal does; this returns where it is deferred."""
+    def request(self, number: int) -> None:
+        """Ask the process to stop, as this signal does; returns only while deferred."""
         with self._lock:
-            if self._is_deferred and not self.asked:
-                self.asked = number
-                _tell("stopping after this step and saving; once more to stop at once")
+            if self._is_deferred and not self.received:
+                self.received = number
+                _print_line(
+                    "stopping after this step and saving; a second signal stops immediately"
+                )
                 return
-            self.say(Stopped(number))
+            self.announce(Stopped(number))
             os._exit(128 + number)
 
     @staticmethod
@@ -101,14 +107,14 @@ class StopRequests:
 
 
 REQUESTS = StopRequests()
-"""Of this process."""
+"""The stop signals of this process."""
 
 
-def _heard_elsewhere(number: int, frame: object) -> None:
-    """Stand in for Python's own handlers; `StopRequests` hears the signal."""
+def _left_to_thread(number: int, frame: object) -> None:
+    """Do nothing: this replaces Python's handlers, and `StopRequests` receives the signal."""
 
 
-def _tell(line: str) -> None:
+def _print_line(line: str) -> None:
     if sys.stderr:
         begin = "\n" if sys.stderr.isatty() else ""  # after ^C, or a progress bar
         with contextlib.suppress(OSError, ValueError):

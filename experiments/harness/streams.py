@@ -1,7 +1,7 @@
-"""The standard streams, however a command finds them; this imports little, to come before all else.
+"""Make the standard streams safe to use. This is imported first, so it imports little.
 
-A shell may have closed one (`2>&-`), its encoding may lack characters, and who reads it may be gone
-(`| head -1`).
+A shell may have closed a stream (`2>&-`), its encoding may lack characters, and its reader may be
+gone (`| head -1`).
 """
 
 import contextlib
@@ -12,32 +12,32 @@ import sys
 
 
 def open_missing() -> None:
-    """Open to nowhere what is closed, or the next file that is opened would stand in its place.
+    """Open closed streams on the null device, so that no other file takes their descriptors.
 
-    What a library writes to stderr would then go into that file.
+    Otherwise what a library writes to stderr would go into the next file that is opened.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # it takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor
         if getattr(sys, name) is None:
             stream = open(number, "w" if number else "r", closefd=False)  # noqa: SIM115
             setattr(sys, name, stream)
 
 
 def replace_unencodable() -> None:
-    """Let characters that the encoding lacks come out as `?`, in place of an error."""
+    """Print `?` for characters that the encoding lacks, instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 class _Terminal(io.FileIO):
-    """A terminal that may go away; what is written to it from then on is lost, and nothing else."""
+    """A terminal that may go away; later writes to it are discarded."""
 
     def write(self, content, /) -> int:
-        """Write bytes, as `io.FileIO.write`."""
+        """Write bytes, as `io.FileIO.write` does."""
         try:
             return super().write(content)
         except OSError as error:
@@ -47,11 +47,11 @@ class _Terminal(io.FileIO):
 
 
 def outlive_terminal() -> None:
-    """Let the command go on where its terminal is closed, as under `nohup` or `setsid`."""
+    """Let the command continue after its terminal is closed, as under `nohup` or `setsid`."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         buffer = getattr(stream, "buffer", None)
-        raw = getattr(buffer, "raw", buffer)  # without a buffer under PYTHONUNBUFFERED
+        raw = getattr(buffer, "raw", buffer)  # PYTHONUNBUFFERED leaves no buffer
         if isinstance(raw, io.FileIO) and stream.isatty():
             lasting = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
             text = io.TextIOWrapper(lasting, stream.encoding, "replace", line_buffering=True)
@@ -59,13 +59,13 @@ def outlive_terminal() -> None:
 
 
 def flush() -> None:
-    """Write out what waits in both, while an error can still be dealt with."""
+    """Flush both output streams while an error can still be handled."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
 
 
 def silence() -> None:
-    """Let what a stream can't take, now and at Python's end, go nowhere."""
+    """Discard what a stream can't take, now and when Python exits."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

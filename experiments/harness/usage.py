@@ -1,4 +1,4 @@
-"""What the experiments' command lines have in common: names, and refusing in one clear line."""
+"""What the experiments' command lines share: flags, checks, and errors in one clear line."""
 
 import dataclasses
 import importlib.util
@@ -15,46 +15,46 @@ import tyro
 Options = TypeVar("Options")
 
 DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "mnist5k"]
-"""What can be learnt; auto is mnist, or mnist5k where mnist can't be had."""
+"""Datasets to train on; auto is mnist, or mnist5k if mnist can't be downloaded."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataPlaces:
-    """Flags that say where a dataset's files are, with their defaults."""
+    """Flags for where the files of a dataset are."""
 
     data_dir: Path | None = None
-    """tfds's folder; None is tfds's own default."""
+    """Folder of tfds's datasets; None is tfds's own default."""
     manual_dir: Path | None = None
-    """Folder with the dataset's four original IDX .gz files, in place of a download."""
+    """Folder with the dataset's four original IDX .gz files, used instead of a download."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataFlags(DataPlaces):
-    """Flags that say which dataset to take too, with their defaults."""
+    """Flags for the dataset and where its files are."""
 
     dataset: DatasetName = "auto"
-    """What to learn; auto is mnist, or mnist5k where mnist can't be had."""
+    """Dataset to train on; auto is mnist, or mnist5k if mnist can't be downloaded."""
 
 
-MOST_SEED = 2**32 - 1
-"""What NumPy's generators take."""
+MAX_SEED = 2**32 - 1
+"""Largest seed that NumPy's generators take."""
 
 
 class UsageError(Exception):
-    """What was asked for can't be done; the message names the flag, and says what to do."""
+    """The command line can't be carried out; the message names the flag and says what to do."""
 
 
 def fail(error: Exception) -> int:
-    """Say in one line why an experiment ends; returns its exit status."""
+    """Print in one line why an experiment ends, and return its exit status."""
     print(f"error: {printable(error)}", file=sys.stderr)
     return 2
 
 
 def printable(text: object) -> str:
-    """A text in one line that a terminal shows and does not obey.
+    """Return a text as one line that is safe to print on a terminal.
 
-    The name of a file may hold line ends and escape sequences; those are printed as `\\n` and
-    `\\x1b`. So are bytes that are no text in the file system's encoding.
+    A file name may hold line ends and escape sequences, which become `\\n` and `\\x1b`, and bytes
+    that the file system's encoding can't decode, which are escaped too.
     """
     return "".join(
         character if character.isprintable() else ascii(character)[1:-1] for character in str(text)
@@ -64,19 +64,19 @@ def printable(text: object) -> str:
 def read_flags(
     flags: type[Options], argv: Sequence[str] | None, *, name: str, **how: Any
 ) -> Options:
-    """Read a command line into a dataclass of flags.
+    """Parse a command line into a dataclass of flags.
 
-    A `~` at the start of a path is the home; a shell makes it that in `--workdir ~/run`, but not in
+    Expands a `~` at the start of a path. A shell does so in `--workdir ~/run`, but not in
     `--workdir=~/run`.
 
     Args:
         flags: the dataclass.
-        argv: the command line, without the command itself; None is this process's.
-        name: of the experiment.
+        argv: the command line without the command itself; None is that of this process.
+        name: name of the experiment.
         how: further arguments of `tyro.cli`.
 
     Raises:
-        SystemExit: a flag is unknown or not of its type (status 2), or `--help` (status 0).
+        SystemExit: a flag is unknown or has the wrong type (status 2), or `--help` (status 0).
     """
     options = tyro.cli(flags, prog=f"python -m experiments.{name}", args=argv, **how)
     values = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
@@ -87,17 +87,17 @@ def read_flags(
 def _with_home(value: Any) -> Any:
     match value:
         case Path():
-            return Path(os.path.expanduser(value))  # stays as it is where there is no home
+            return Path(os.path.expanduser(value))  # unchanged if there is no home
         case tuple():
             return tuple(map(_with_home, value))
     return value
 
 
 def command_line(name: str, *arguments: object) -> str:
-    """The command of an experiment, to be pasted into any shell, in any folder.
+    """Return the command of an experiment, quoted to be pasted into a shell in any folder.
 
     Args:
-        name: of the experiment.
+        name: name of the experiment.
         arguments: flags and their values; paths become absolute.
     """
     written = [str(part.absolute() if isinstance(part, Path) else part) for part in arguments]
@@ -105,13 +105,13 @@ def command_line(name: str, *arguments: object) -> str:
 
 
 def install_command(extra: str) -> str:
-    """The command that installs an extra of this project, likewise."""
+    """Return the command that installs an extra of this project, quoted likewise."""
     project = f"{Path(__file__).absolute().parents[2]}[{extra}]"
     return shlex.join([sys.executable or "python", "-m", "pip", "install", "-e", project])
 
 
 def check(options: Any, name: str, holds: bool, must_be: str) -> None:
-    """Check what an option must be.
+    """Check that a condition on an option holds.
 
     Raises:
         UsageError: it does not hold.
@@ -122,10 +122,10 @@ def check(options: Any, name: str, holds: bool, must_be: str) -> None:
 
 
 def check_numbers(options: Any, *may_be_zero: str) -> None:
-    """Check that integers among the options are at least 1, or 0 by name, and floats positive.
+    """Check that integer options are at least 1, or 0 if named, and that floats are positive.
 
     Raises:
-        UsageError: one is not, or is infinite or NaN.
+        UsageError: an option is out of bounds, infinite or NaN.
     """
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
@@ -137,35 +137,35 @@ def check_numbers(options: Any, *may_be_zero: str) -> None:
 
 
 def check_seeds(seeds: Sequence[int], least: int = 1) -> None:
-    """Check what `--seeds` lists.
+    """Check the list of `--seeds`.
 
     Raises:
-        UsageError: there are too few, one comes twice, or one is out of bounds.
+        UsageError: there are too few seeds, one occurs twice, or one is out of bounds.
     """
     differ = len(set(seeds)) == len(seeds)
-    if len(seeds) < least or not differ or not all(0 <= seed <= MOST_SEED for seed in seeds):
+    if len(seeds) < least or not differ or not all(0 <= seed <= MAX_SEED for seed in seeds):
         given = " ".join(map(str, seeds)) or "empty"
         raise UsageError(
-            f"--seeds must be at least {counted(least, 'number')} from 0 to {MOST_SEED}, each "
-            f"another one, but is {given}"
+            f"--seeds must be at least {counted(least, 'number')} from 0 to {MAX_SEED}, no "
+            f"duplicates, but is {given}"
         )
 
 
 def counted(number: int, noun: str) -> str:
-    """So many of something: `1 epoch`, `2 epochs`."""
+    """Return a number with its noun: `1 epoch`, `2 epochs`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def tell(doing: str) -> None:
-    """Say what the command does now, before a time in which it says nothing."""
+def print_status(doing: str) -> None:
+    """Print what the command does now, before a wait without output."""
     print(f"{doing} ...", file=sys.stderr, flush=True)
 
 
 def check_fills_batch(batch_size: int, images: int) -> None:
-    """Check that there are training images for a batch.
+    """Check that there are enough training images for a batch.
 
     Raises:
-        UsageError: there are fewer.
+        UsageError: there are too few.
     """
     if batch_size > images:
         raise UsageError(
@@ -174,28 +174,28 @@ def check_fills_batch(batch_size: int, images: int) -> None:
 
 
 def check_packages(extra: str, *packages: str, what: str = "this") -> None:
-    """Check that packages are installed which only some experiments need.
+    """Check that optional packages are installed.
 
     Args:
-        extra: of this project, which brings them.
-        packages: as they are imported.
-        what: needs them.
+        extra: the extra of this project that installs them.
+        packages: their import names.
+        what: what needs them, at the start of the message.
 
     Raises:
-        UsageError: one is missing.
+        UsageError: a package is missing.
     """
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
         raise UsageError(f"{what} needs {' and '.join(missing)}: {install_command(extra)}")
 
 
 def make_folder(path: Path, flag: str) -> Path:
-    """Make the folder that a flag names, if there is none.
+    """Create the folder that a flag names, unless it exists.
 
     Raises:
-        UsageError: it can't be made.
+        UsageError: the folder can't be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--{flag} {path} can't be made ({error.strerror})") from error
+        raise UsageError(f"--{flag} {path} can't be created ({error.strerror})") from error
     return path

@@ -1,1 +1,1 @@
-"""Trained runs, side by side on one page: see `__main__`."""
+"""Report on trained runs, side by side on one page: see `__main__`."""

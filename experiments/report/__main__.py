@@ -1,11 +1,11 @@
-"""Report trained runs, side by side, on one HTML page that holds all it shows.
+"""Report on trained runs, side by side, on one self-contained HTML page.
 
     python -m experiments.report runs/mnist_lstm [WORKDIR ...] [--output report.html] [...]
 
-The page has the accuracies, the curves, the speed, what differs between the runs' flags, and of
-each run the confusion matrix, the most confident mistakes, and what it was trained with and on. It
-needs no network. A run that is training still, or whose data can't be had, is reported as far as it
-goes, and a line says what is missing.
+The page shows the accuracies, the curves, the speed and the flags that differ. For each run it
+shows the confusion matrix, the most confident mistakes, and the software and machine that trained
+it. It needs no network. A run may still be training, or its data may be unavailable: the page then
+shows what there is, and a line says what is missing.
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ class Options(DataPlaces):
     """The flags, with their defaults."""
 
     workdirs: tyro.conf.Positional[tuple[Path, ...]]
-    """Where the runs live; they may be training still, and go on undisturbed."""
+    """Folders of the runs; these may still be training, and are not disturbed."""
     output: Path | None = None
-    """The page; None is report.html in the first workdir."""
+    """Path of the page; None is report.html in the first workdir."""
 
 
 @command(RunFilesError)
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write a report from a command line; returns the exit status."""
+    """Write a report from a command line and return the exit status."""
     options = read_flags(Options, argv, name="report", description=__doc__)
     check(options)
     run(options)
@@ -43,19 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(options: Options) -> None:
-    """Refuse at once what would be wrong only after the runs are read.
+    """Check the options before the runs are read, which takes long.
 
     Raises:
-        UsageError: no workdir is named, or a package is missing.
+        UsageError: no workdir is given, or a package is missing.
     """
     if not options.workdirs:
-        raise UsageError("name the workdir of a run, as in: python -m experiments.report WORKDIR")
+        raise UsageError("pass the workdir of a run, as in: python -m experiments.report WORKDIR")
     check_packages("report", "jinja2", "matplotlib")
 
 
 def run(options: Options) -> None:
-    """Gather what there is of each run, and write the page."""
-    from experiments.report import page  # it needs Jinja2 and matplotlib
+    """Gather what is known about each run, and write the page."""
+    from experiments.report import page  # needs Jinja2 and matplotlib
 
     datasets = [read_config(workdir).dataset for workdir in options.workdirs]
     print(f"data     the test images of {', '.join(dict.fromkeys(datasets))}", flush=True)
@@ -68,7 +68,7 @@ def run(options: Options) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as new:
-            # A name that no encoding has may be on the page.
+            # The page may hold a name that can't be encoded.
             new.write_text(page.render(runs), encoding="utf-8", errors="replace")
     for run in runs:
         for line in run.missing:

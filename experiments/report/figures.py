@@ -1,7 +1,7 @@
-"""The report's pictures, as data URIs that a page holds in itself; needs matplotlib.
+"""The report's pictures, as data URIs embedded in the page; needs matplotlib.
 
-Each curve is drawn twice, for light and dark pages, on no background. The runs go by their numbers,
-which the page explains: so no name of a workdir can trip matplotlib.
+Each curve is drawn twice, for light and dark pages, without a background. Runs are labelled by
+their numbers, which the page explains, so that no name of a workdir can break matplotlib.
 """
 
 import base64
@@ -19,19 +19,19 @@ from experiments.harness import plots
 Record = dict[str, Any]
 
 INKS = {"light": "#1f2328", "dark": "#e6e9ed"}
-"""Of axes and text, on either page."""
+"""Colour of axes and text on light and dark pages."""
 
 LARGE_RATIO = 4
-"""From this ratio of largest to smallest value on an axis is logarithmic."""
+"""An axis is logarithmic from this ratio of its largest to its smallest value."""
 
 
 class Curve(NamedTuple):
-    """A quantity of each epoch."""
+    """A quantity that each epoch has."""
 
     name: str
     value: Callable[[Record], float]
-    form: str  # of a value, as in "{:.1f} %"
-    scale: str  # "log", where the values are apart enough and positive; "zero": from zero
+    form: str  # format of a value, as in "{:.1f} %"
+    scale: str  # "log": logarithmic if positive and of large range; "zero": starts at zero
 
 
 CURVES = (
@@ -40,7 +40,7 @@ CURVES = (
     Curve("Training error", lambda record: 100 * (1 - record["train_accuracy"]), "{:.3g}%", "log"),
     Curve("Test error", lambda record: 100 * (1 - record["test_accuracy"]), "{:.3g}%", "log"),
 )
-"""What the runs are compared by; two and two, training and test, share their axis."""
+"""Quantities to compare runs by; each pair, training and test, shares an axis."""
 
 THROUGHPUT = Curve(
     "Training images a second", lambda record: record["images_per_second"], "{:,.0f}", "zero"
@@ -48,7 +48,7 @@ THROUGHPUT = Curve(
 
 
 class Picture(NamedTuple):
-    """A picture, as data URIs, and what it shows."""
+    """A picture as data URIs, and a description of it."""
 
     title: str
     light: str
@@ -57,33 +57,33 @@ class Picture(NamedTuple):
 
 
 def colour(number: int, ink: str) -> str:
-    """A run's, by its number, counted from 0; the last of all, black, is the ink."""
+    """Return the colour of a run by its number, from 0; black becomes the colour of the ink."""
     hue = plots.COLOURS[number % len(plots.COLOURS)]
     return ink if hue == "#000000" else hue
 
 
 def style(number: int) -> str:
-    """A run's marker and line; runs of one colour differ in it."""
+    """Return the marker and line of a run; runs that share a colour differ in it."""
     return plots.STYLES[(number + number // len(plots.COLOURS)) % len(plots.STYLES)]
 
 
 def draw_comparison(runs: Sequence[list[Record]]) -> list[Picture]:
-    """Draw losses and errors of several runs, by epoch; [] where no epoch is done.
+    """Draw losses and errors of several runs, by epoch; return [] if no epoch is finished.
 
     Args:
-        runs: the records of each.
+        runs: the records of each run.
     """
     pairs = (CURVES[:2], CURVES[2:])
     return [draw(runs, curve, shared=pair) for pair in pairs for curve in pair if any(runs)]
 
 
 def draw_throughput(runs: Sequence[list[Record]]) -> list[Picture]:
-    """Draw how fast the runs trained, by epoch; [] where no epoch is done."""
+    """Draw how fast the runs trained, by epoch; return [] if no epoch is finished."""
     return [draw(runs, THROUGHPUT, shared=(THROUGHPUT,))] if any(runs) else []
 
 
 def draw(runs: Sequence[list[Record]], curve: Curve, shared: Sequence[Curve]) -> Picture:
-    """Draw a curve of each run on an axis that holds all curves of `shared`."""
+    """Draw a curve of each run on an axis that fits all curves in `shared`."""
     values = np.array([c.value(record) for c in shared for run in runs for record in run])
     values = values[np.isfinite(values)]
     light, dark = (_draw(runs, curve, values, INKS[page]) for page in ("light", "dark"))
@@ -91,7 +91,7 @@ def draw(runs: Sequence[list[Record]], curve: Curve, shared: Sequence[Curve]) ->
 
 
 def describe(runs: Sequence[list[Record]], curve: Curve) -> str:
-    """A curve in words."""
+    """Describe a curve in words."""
     parts = []
     for number, run in enumerate(runs, 1):
         if run:
@@ -144,12 +144,12 @@ def _scale(panel, curve: Curve, values: np.ndarray) -> None:
 
 
 def image_uri(image: np.ndarray) -> str:
-    """A test image, uint8 [rows, pixels], as on paper."""
+    """Return a test image, uint8 [rows, pixels], as a data URI, black on white."""
     file = io.BytesIO()
     imsave(file, image, cmap="gray_r", vmin=0, vmax=255, format="png")
     return data_uri(file.getvalue(), "png")
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """A picture as an address that holds it."""
+    """Return a picture as a data URI."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,4 +1,4 @@
-"""What a run's workdir tells about it, as far as it goes, and what is missing."""
+"""Gather what a workdir holds about its run, and what is missing."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,57 +9,57 @@ import numpy as np
 from experiments.read_digit.reading import Mistakes, find_mistakes
 from experiments.report import recorded
 from experiments.training_run import from_config
-from experiments.training_run.config import Config, of_the_run
+from experiments.training_run.config import Config, hyperparameters
 from experiments.training_run.restored import classify, read_config, restore_run
 from lstm_flax import data
 from lstm_flax.checkpoints import CheckpointError
 from lstm_flax.data import DataError, Split
 
-MOST_NAMED = 10
-"""How many missing epochs are named; of more the number is told."""
+MAX_NAMED = 10
+"""How many missing epochs are listed; the others are only counted."""
 
 
 class Score(NamedTuple):
     """A test accuracy."""
 
-    step: int  # whose it is
+    step: int  # of the checkpoint
     accuracy: float  # as a fraction
-    correct: int | None  # images; None where only the fraction is known
+    correct: int | None  # images; None if only the fraction is known
     total: int | None
-    is_measured: bool  # by this report; else it is what the run recorded
+    is_measured: bool  # by this report; otherwise the run recorded it
 
 
 class Result(NamedTuple):
-    """What the run's result makes of the test images."""
+    """How the result of a run classifies the test images."""
 
-    step: int  # whose checkpoint it is
-    images: np.ndarray  # all of them, uint8 [n, 28, 28]
-    confusion: np.ndarray  # images of each class, read as each class, int [10, 10]
-    mistakes: Mistakes  # the most confident ones first
+    step: int  # of the checkpoint
+    images: np.ndarray  # all test images, uint8 [n, 28, 28]
+    confusion: np.ndarray  # images by label and answer, int [10, 10]
+    mistakes: Mistakes  # the most confident first
 
 
-class Gathered(NamedTuple):
-    """A run."""
+class RunData(NamedTuple):
+    """What is known about a run."""
 
     workdir: Path
     config: Config
-    records: list[dict[str, Any]]  # of its epochs
-    starts: list[dict[str, Any]]  # of each start of training, with what and on what
+    records: list[dict[str, Any]]  # one for each epoch
+    starts: list[dict[str, Any]]  # one for each start of training: software and machine
     parameters: int
     result: Result | None
     score: Score | None
-    missing: list[str]  # a line for each thing that is not there
+    missing: list[str]  # one line for each
 
 
-def gather(workdir: Path, test_sets: Mapping[str, Split | DataError]) -> Gathered:
-    """Read what a run has written, and let its result read the test images.
+def gather(workdir: Path, test_sets: Mapping[str, Split | DataError]) -> RunData:
+    """Read what a run has written, and classify the test images with its result.
 
     Args:
-        workdir: of the run, which may be training still.
-        test_sets: by dataset, its test images, or why they can't be had.
+        workdir: folder of the run, which may still be training.
+        test_sets: the test images of each dataset, or why they are unavailable.
 
     Raises:
-        RunFilesError: there is no run in the workdir, or what it recorded can't be read or be true.
+        RunFilesError: there is no run in the workdir, or its records can't be read or are invalid.
     """
     config, missing = read_config(workdir), []
     records, evaluation = recorded.read_epochs(workdir), recorded.read_evaluation(workdir)
@@ -67,7 +67,9 @@ def gather(workdir: Path, test_sets: Mapping[str, Split | DataError]) -> Gathere
         missing.append(note)
     starts = recorded.read_starts(workdir)
     if not starts:
-        missing.append("what it was trained with and on: environment.jsonl is missing or damaged")
+        missing.append(
+            "the software and machine it was trained on: environment.jsonl is missing or damaged"
+        )
     result = None
     try:
         test = test_sets[config.dataset]
@@ -78,13 +80,13 @@ def gather(workdir: Path, test_sets: Mapping[str, Split | DataError]) -> Gathere
         missing.append(f"its confusion matrix and its mistakes: {error}")
     score = score_of(result) or evaluated_score(evaluation) or last_score(records)
     parameters = from_config.count_parameters(config)
-    return Gathered(workdir, config, records, starts, parameters, result, score, missing)
+    return RunData(workdir, config, records, starts, parameters, result, score, missing)
 
 
 def read_test_sets(
     datasets: Sequence[str], data_dir: Path | None, manual_dir: Path | None
 ) -> dict[str, Split | DataError]:
-    """The test images of each dataset, or why they can't be had."""
+    """Return the test images of each dataset, or why they are unavailable."""
     found: dict[str, Split | DataError] = {}
     for name in dict.fromkeys(datasets):
         try:
@@ -95,12 +97,12 @@ def read_test_sets(
 
 
 def read_test_set(workdir: Path, test: Split) -> Result:
-    """Let a run's result read the test images.
+    """Classify the test images with the result of a run.
 
     Raises:
-        CheckpointError: there is none that can be restored.
+        CheckpointError: no checkpoint can be restored.
     """
-    from sklearn.metrics import confusion_matrix  # takes a second
+    from sklearn.metrics import confusion_matrix  # takes a second to import
 
     run = restore_run(workdir)
     probabilities = classify(run, test.images)
@@ -111,7 +113,7 @@ def read_test_set(workdir: Path, test: Split) -> Result:
 
 
 def score_of(result: Result | None) -> Score | None:
-    """The accuracy that goes with a confusion matrix."""
+    """Return the accuracy of a confusion matrix; None without a result."""
     if result is None:
         return None
     correct, total = int(result.confusion.trace()), int(result.confusion.sum())
@@ -119,7 +121,7 @@ def score_of(result: Result | None) -> Score | None:
 
 
 def evaluated_score(evaluation: Mapping[str, int] | None) -> Score | None:
-    """The accuracy that eval.json tells, None where there is none."""
+    """Return the accuracy in eval.json; None without it."""
     if evaluation is None:
         return None
     step, correct, total = (evaluation[name] for name in ("step", "correct", "total"))
@@ -127,7 +129,7 @@ def evaluated_score(evaluation: Mapping[str, int] | None) -> Score | None:
 
 
 def last_score(records: Sequence[Mapping[str, Any]]) -> Score | None:
-    """The accuracy after the last epoch, None where none is finished."""
+    """Return the accuracy after the last epoch; None if no epoch is finished."""
     if not records:
         return None
     last = records[-1]
@@ -135,22 +137,22 @@ def last_score(records: Sequence[Mapping[str, Any]]) -> Score | None:
 
 
 def what_epochs_are_missing(records: Sequence[Mapping[str, Any]], epochs: int) -> str | None:
-    """Say which of a run's epochs are not there; None where all of them are."""
+    """Return which epochs of a run are missing; None if all are there."""
     done = {record["epoch"] for record in records}
     if not done:
         return "all epochs: none is finished yet, or metrics.jsonl is lost"
     if lost := sorted(set(range(1, max(done))) - done):
-        more = f" and {len(lost) - MOST_NAMED:,} more" if len(lost) > MOST_NAMED else ""
-        numbers = ", ".join(map(str, lost[:MOST_NAMED])) + more
+        more = f" and {len(lost) - MAX_NAMED:,} more" if len(lost) > MAX_NAMED else ""
+        numbers = ", ".join(map(str, lost[:MAX_NAMED])) + more
         return f"the curves of epoch {numbers}: damaged in metrics.jsonl"
     if max(done) < epochs:
-        return f"{epochs - max(done)} of {epochs} epochs: it is training still, or was stopped"
+        return f"{epochs - max(done)} of {epochs} epochs: the run is still training, or was stopped"
     return None
 
 
-def differing_flags(runs: Sequence[Gathered]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-    """The runs' configurations: flags that differ, with each run's value, and those in common."""
-    values = [of_the_run(run.config) for run in runs]
+def differing_flags(runs: Sequence[RunData]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """Return the flags that differ, with the value of each run, and those in common."""
+    values = [hyperparameters(run.config) for run in runs]
     by_flag = {f"--{name.replace('_', '-')}": [of[name] for of in values] for name in values[0]}
     differing = {flag: of for flag, of in by_flag.items() if any(one != of[0] for one in of)}
     common = {flag: of[0] for flag, of in by_flag.items() if flag not in differing}

@@ -1,4 +1,4 @@
-"""The report as one HTML page, which holds its style and pictures; needs Jinja2 and matplotlib."""
+"""Render the report as one self-contained HTML page; needs Jinja2 and matplotlib."""
 
 import itertools
 import statistics
@@ -11,18 +11,18 @@ import numpy as np
 
 from experiments.harness.usage import counted
 from experiments.report import figures
-from experiments.report.gather import Gathered, Result, Score, differing_flags
+from experiments.report.gather import Result, RunData, Score, differing_flags
 from experiments.training_run.console import accuracy_interval
 
 MISTAKES = 12
-"""How many of a run's mistakes are shown."""
+"""Number of mistakes shown for a run."""
 
 STRONGEST_TINT = 80
-"""Of a cell of a confusion matrix, in %."""
+"""Strongest tint of a cell of a confusion matrix, in %."""
 
 
 class Mistake(NamedTuple):
-    """A test image that is read wrongly."""
+    """A test image that is classified wrongly."""
 
     uri: str
     image: int  # its index
@@ -32,27 +32,27 @@ class Mistake(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """Of a confusion matrix."""
+    """A cell of a confusion matrix."""
 
     images: int
     kind: str  # "right", "wrong" or "zero"
-    tint: int  # of its colour, in %
+    tint: int  # strength of its colour, in %
 
 
 class Environment(NamedTuple):
-    """With what and on what a run was trained: a column each time that this changed."""
+    """The software and machine that trained a run: one column for each change."""
 
-    steps: list[Any]  # from which on
+    steps: list[Any]  # the first step of each column
     times: list[str]
-    rows: dict[str, list[str]]  # by what it is, a value a column
+    rows: dict[str, list[str]]  # by name, one value for each column
 
 
-class Shown(NamedTuple):
+class RunView(NamedTuple):
     """A run, as the page shows it."""
 
     number: int  # from 1
     name: str
-    run: Gathered
+    run: RunData
     colours: dict[str, str]  # on a light and on a dark page
     accuracy: str
     speed: float | None  # images a second, median epoch
@@ -61,8 +61,8 @@ class Shown(NamedTuple):
     environment: Environment | None
 
 
-def render(runs: Sequence[Gathered]) -> str:
-    """The page about some runs."""
+def render(runs: Sequence[RunData]) -> str:
+    """Return the page about some runs."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -82,10 +82,10 @@ def render(runs: Sequence[Gathered]) -> str:
     )
 
 
-def show(number: int, name: str, run: Gathered) -> Shown:
-    """Prepare what the page shows of a run."""
+def show(number: int, name: str, run: RunData) -> RunView:
+    """Prepare what the page shows about a run."""
     speeds = [record["images_per_second"] for record in run.records]
-    return Shown(
+    return RunView(
         number=number,
         name=name,
         run=run,
@@ -98,8 +98,8 @@ def show(number: int, name: str, run: Gathered) -> Shown:
     )
 
 
-def names(runs: Sequence[Gathered]) -> list[str]:
-    """A short name for each run: its folder's, or where two share that, the whole path."""
+def names(runs: Sequence[RunData]) -> list[str]:
+    """Return a name for each run: that of its folder, or its whole path if two share that."""
     short = [run.workdir.resolve().name for run in runs]
     return [
         name if short.count(name) == 1 else str(run.workdir)
@@ -108,7 +108,7 @@ def names(runs: Sequence[Gathered]) -> list[str]:
 
 
 def accuracy(score: Score | None) -> str:
-    """A test accuracy with its interval, where the number of images is known, and whose it is."""
+    """Format a test accuracy, with its interval if the number of images is known."""
     if score is None:
         return "–"
     unchecked = "" if score.is_measured else ", as recorded, not checked"
@@ -119,7 +119,7 @@ def accuracy(score: Score | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as hours, minutes and seconds."""
+    """Format seconds as hours, minutes and seconds."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)
@@ -128,10 +128,10 @@ def duration(seconds: float) -> str:
 
 
 def cells(confusion: np.ndarray) -> list[list[Cell]]:
-    """A confusion matrix [classes, classes]; mistakes are tinted by the most frequent of them."""
+    """Return the cells of a confusion matrix [classes, classes], tinted by their share."""
     is_right = np.eye(len(confusion), dtype=bool)
     most = np.where(is_right, confusion[is_right].max(), confusion[~is_right].max(initial=0))
-    # By the root, so that one image among many is still seen.
+    # The square root keeps a single image among many visible.
     tints = np.round(STRONGEST_TINT * np.sqrt(confusion / np.maximum(most, 1))).astype(int)
     kinds = np.where(is_right, "right", np.where(confusion, "wrong", "zero"))
     rows = zip(confusion.tolist(), kinds.tolist(), tints.tolist(), strict=True)
@@ -139,7 +139,7 @@ def cells(confusion: np.ndarray) -> list[list[Cell]]:
 
 
 def shown_mistakes(result: Result) -> list[Mistake]:
-    """The most confident mistakes."""
+    """Return the most confident mistakes."""
     mistakes = zip(*result.mistakes.first(MISTAKES), strict=True)
     return [
         Mistake(figures.image_uri(result.images[index]), index, label, answer, probability)
@@ -148,7 +148,7 @@ def shown_mistakes(result: Result) -> list[Mistake]:
 
 
 def environment_table(starts: Sequence[dict[str, Any]]) -> Environment:
-    """A column for all starts of training, one after the other, that were of one kind."""
+    """Return a table with one column for consecutive starts in the same environment."""
     columns = [(kind, list(group)) for kind, group in itertools.groupby(starts, key=facts)]
     kinds = [kind for kind, _ in columns]
     facts_found = dict.fromkeys(name for kind in kinds for name in kind)
@@ -164,7 +164,7 @@ def environment_table(starts: Sequence[dict[str, Any]]) -> Environment:
 
 
 def facts(start: dict[str, Any]) -> dict[str, str]:
-    """All that a line of environment.jsonl says but where and when, on one level."""
+    """Return a line of environment.jsonl as one flat dict, without its step and time."""
     found: dict[str, str] = {}
     for name, value in start.items():
         if isinstance(value, dict):

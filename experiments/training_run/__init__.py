@@ -1,4 +1,4 @@
-"""One training run and its workdir: flags, loop, checkpoints, files, and the run restored.
+"""One training run and its workdir: flags, loop, checkpoints, files, and restoring the result.
 
-`experiments.mnist_lstm` composes these; what looks at a finished run imports `restored`.
+`experiments.mnist_lstm` composes these. Code that examines a finished run imports `restored`.
 """

@@ -1,4 +1,4 @@
-"""What the MNIST experiment is asked to do: its flags, their defaults and their bounds."""
+"""The flags of the MNIST experiment, their defaults and their bounds."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import tyro
 
 from experiments.harness.usage import (
-    MOST_SEED,
+    MAX_SEED,
     DatasetName,
     UsageError,
     check,
@@ -21,17 +21,17 @@ from experiments.harness.usage import (
 from experiments.training_run import run_files
 from experiments.training_run.run_files import RunFilesError
 
-MOST_EPOCHS = 10_000
-"""Of a run."""
+MAX_EPOCHS = 10_000
+"""Largest number of epochs of a run."""
 
-MOST_WEIGHTS = 10**9
-"""Between hidden units; training them takes three times as many floats, 12 GB."""
+MAX_WEIGHTS = 10**9
+"""Largest number of weights; training them takes three times as many floats, 12 GB."""
 
-LARGEST = sys.float_info.max
-"""An integer may be larger, and then is no float."""
+MAX_FLOAT = sys.float_info.max
+"""Largest float; an integer may be larger."""
 
 RecipeName = Literal["standard", "fast", "best"]
-"""Of `RECIPES`."""
+"""Names of `RECIPES`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,70 +39,70 @@ class Config:
     """The flags of a run, with their defaults."""
 
     workdir: Path = Path("runs/mnist_lstm")
-    """Where the run lives; a run that is already there is resumed."""
+    """Folder of the run; a run that is already there is resumed."""
     recipe: RecipeName = "standard"
-    """What the flags that are left out are: 10 epochs, 3, or 20 with more distortion."""
+    """Sets defaults for other flags: 10 epochs, 3, or 20 with more distortion."""
     dataset: DatasetName = "auto"
-    """What to learn; auto is mnist, or mnist5k where mnist can't be had."""
+    """Dataset to train on; auto is mnist, or mnist5k if mnist can't be downloaded."""
     data_dir: Path | None = None
-    """tfds's folder; None is tfds's own default."""
+    """Folder of tfds's datasets; None is tfds's own default."""
     manual_dir: Path | None = None
-    """Folder with the dataset's four original IDX .gz files, in place of a download."""
+    """Folder with the dataset's four original IDX .gz files, used instead of a download."""
     validation_size: int = 0
-    """Training images held out to choose the best checkpoint; 0: the last step is the result."""
+    """Training images held out to choose the best checkpoint; 0 takes the last step instead."""
     sequence: Literal["rows", "pixels", "permuted"] = "rows"
-    """A time step is a row, a pixel, or a pixel in one random order, the same for all images."""
+    """What a time step is: a row, a pixel, or a pixel in one random order that all images share."""
     epochs: int = 10
     """Passes over the training images."""
     batch_size: int = 128
-    """Images a step, over all devices."""
+    """Images per step, over all devices."""
     learning_rate: float = 4e-3
     """Peak of AdamW's one-cycle learning rate."""
     weight_decay: float = 1e-2
-    """AdamW's decoupled weight decay, a step, as a multiple of the learning rate."""
+    """AdamW's decoupled weight decay per step, as a multiple of the learning rate."""
     clip_norm: float = 1.0
     """Largest global norm of the gradients; larger ones are scaled down to it."""
     dropout: float = 0.0
-    """Fraction of each layer's output that is dropped on its way to the next layer."""
+    """Fraction of each layer's output that is dropped before the next layer."""
     label_smoothing: float = 0.0
-    """Part of each label's weight that goes to all classes alike."""
+    """Share of each label's weight that is spread evenly over all classes."""
     augment: bool = True
     """Rotate, shear, scale and shift the training images at random."""
     elastic: float = 0.0
-    """With --augment: bend them too; standard deviation of the points' moves, in pixels."""
+    """With --augment: also bend the images; standard deviation of a point's move, in pixels."""
     hidden_size: int = 256
     """Units of each LSTM layer."""
     num_layers: int = 2
     """LSTM layers."""
     seed: int = 0
-    """Of everything random: parameters, order of the images, held-out images, noise."""
+    """Seed of everything random: parameters, order of the images, held-out images, noise."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the matrix products; parameters, cell states and sums stay float32."""
+    """Precision of the matrix products; parameters, cell states and sums stay float32."""
     checkpoint_every: str = "60s"
-    """Save within an epoch too: every 500 (steps) or 60s (seconds); 0: at its end alone."""
+    """Also save within an epoch: every 500 (steps) or 60s (seconds); 0 saves only after epochs."""
     tensorboard: bool = False
-    """Write the curves for TensorBoard too, to the folder tensorboard in the workdir."""
+    """Also write the curves for TensorBoard, to the folder tensorboard in the workdir."""
     shard_optimizer: bool = False
-    """Let each device keep a share of AdamW's moments, in place of all of them."""
+    """Shard AdamW's moments over the devices instead of replicating them."""
     distributed: bool = False
-    """This is one of several processes that train one model; start each of them with this flag."""
+    """Train one model with several processes; start each of them with this flag."""
     coordinator: str | None = None
-    """With --distributed, where JAX can't find it by itself: HOST:PORT of the first process."""
+    """With --distributed, if JAX can't find it by itself: HOST:PORT of the first process."""
     num_processes: int | None = None
-    """With --coordinator: how many processes there are."""
+    """With --coordinator: number of processes."""
     process_id: int | None = None
-    """With --coordinator: which of them this is; 0 is the first."""
+    """With --coordinator: index of this process; 0 is the first."""
     eval_only: bool = False
-    """Evaluate the result's checkpoint on the test set, write eval.json, train nothing."""
+    """Evaluate the result's checkpoint on the test set and write eval.json, without training."""
     step: int | None = None
     """With --eval-only: evaluate the checkpoint of this step instead."""
 
     @property
     def save_interval(self) -> tuple[int | None, float | None]:
-        """`--checkpoint-every` in steps and in seconds, of which one at least is None.
+        """`--checkpoint-every` in steps and in seconds; at least one of them is None.
 
         Raises:
-            ValueError: it is neither.
+            ValueError: the flag holds neither.
         """
         every = self.checkpoint_every
         if every.endswith("s"):
@@ -118,28 +118,28 @@ RECIPES: dict[RecipeName, dict[str, Any]] = {
     # 99.61% (0.03 standard deviation over 5 seeds) in 12 minutes on the same.
     "best": {"epochs": 20, "elastic": 0.5, "label_smoothing": 0.05},
 }
-"""By name, what differs from the defaults. What one reaches is measured by
+"""The flags of each recipe that differ from the defaults. This measures what a recipe reaches:
 
     python -m experiments.accuracy --recipe best --seeds 0 1 2 3 4 \\
         --flags="--dataset mnist --manual-dir FOLDER --precision bfloat16"
 """
 
-# What says where a run is, how it is kept and on what machines; it does not change what it learns.
-_NOT_OF_THE_RUN = (
+# Where a run is, how it is saved and on which machines it runs does not change what it learns.
+_NOT_HYPERPARAMETERS = (
     "workdir", "data_dir", "manual_dir", "checkpoint_every", "tensorboard", "shard_optimizer",
     "distributed", "coordinator", "num_processes", "process_id", "eval_only", "step",
 )  # fmt: skip
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:
-    """Read the command line.
+    """Parse the command line.
 
-    Where the workdir holds a run already, that run's values take the place of the defaults, and
-    the flags given must agree with them, but for `--epochs`, which may grow.
+    If the workdir already holds a run, that run's values replace the defaults. Flags that are
+    passed must agree with them, except `--epochs`, which may grow.
 
     Raises:
-        UsageError: a value is out of bounds, or differs from the run's in the workdir.
-        SystemExit: a flag is unknown or not of its type (status 2), or `--help` (status 0).
+        UsageError: a value is out of bounds, or differs from that of the run in the workdir.
+        SystemExit: a flag is unknown or has the wrong type (status 2), or `--help` (status 0).
     """
     argv = sys.argv[1:] if argv is None else argv
     config = _read(argv, _recipe(argv))
@@ -154,10 +154,10 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     config = _read(argv, run)
     if config.dataset == "auto":
         config = dataclasses.replace(config, dataset=run.dataset)
-    if differing := differences(config, of_the_run(run)):
+    if differing := config_diff(config, hyperparameters(run)):
         raise UsageError(
             f"{config.workdir} holds another run: {'; '.join(differing)}; "
-            f"give the run's values or another --workdir"
+            f"pass the run's values or another --workdir"
         )
     return config
 
@@ -168,7 +168,7 @@ def _read(argv: Sequence[str], default: Config) -> Config:
 
 
 def _recipe(argv: Sequence[str]) -> Config:
-    """The defaults by the recipe that is asked for, whatever else is: `--help` shows them too."""
+    """Return the recipe's defaults, whatever the other flags are, so that `--help` shows them."""
 
     @dataclasses.dataclass
     class Recipe:
@@ -179,9 +179,9 @@ def _recipe(argv: Sequence[str]) -> Config:
 
 
 def stored_config(config: Config) -> Config | None:
-    """A configuration with the values of the run in its workdir; None where there is no run.
+    """Return `config` with the hyperparameters of the run in its workdir; None without a run.
 
-    Only what makes the run what it is counts, within the bounds that the flags have.
+    They are checked against the bounds of the flags.
 
     Raises:
         RunFilesError: config.json can't be read, or a value in it can't be used.
@@ -190,10 +190,10 @@ def stored_config(config: Config) -> Config | None:
     if stored is None:
         return None
     path = run_files.config_path(config.workdir)
-    kinds = {name: get_type_hints(Config)[name] for name in of_the_run(config)}
+    kinds = {name: get_type_hints(Config)[name] for name in hyperparameters(config)}
     for name, value in stored.items():
         if name not in kinds:
-            raise RunFilesError(f"{path}: a run has no {name!r}")
+            raise RunFilesError(f"{path}: {name!r} is unknown")
         if not _is_of(value, kinds[name]):
             must_be = " or ".join(get_args(kinds[name])) or kinds[name].__name__
             raise RunFilesError(f"{path}: {name!r} must be {must_be}, but is {value!r:.50}")
@@ -207,7 +207,7 @@ def stored_config(config: Config) -> Config | None:
 
 
 def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a JSON value is of a field's type: a whole number is a float too, a bool is none."""
+    """Whether a JSON value has a field's type; an integer counts as a float, a bool does not."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if kind is float:
@@ -215,42 +215,42 @@ def _is_of(value: Any, kind: Any) -> bool:
     return type(value) is kind
 
 
-def differences(config: Config, run: dict[str, Any]) -> list[str]:
-    """Say in what a configuration differs from a run's own, but for how long it trains."""
-    # A run from before there was a flag did what is the flag's default.
-    run = of_the_run(Config()) | run
+def config_diff(config: Config, run: dict[str, Any]) -> list[str]:
+    """Return how a configuration differs from a run's, apart from the number of epochs."""
+    # A run from before a flag existed did what is now the flag's default.
+    run = hyperparameters(Config()) | run
     return [
-        f"--{name.replace('_', '-')} is {value}, the run's is {run[name]!s:.50}"
-        for name, value in of_the_run(config).items()
+        f"--{name.replace('_', '-')} is {value}, but the run's is {run[name]!s:.50}"
+        for name, value in hyperparameters(config).items()
         if name != "epochs" and value != run[name]
     ]
 
 
-def of_the_run(config: Config) -> dict[str, int | float | str | bool]:
-    """Return what makes the run what it is, as JSON values; this is kept in config.json."""
+def hyperparameters(config: Config) -> dict[str, int | float | str | bool]:
+    """Return the values that determine what a run learns, as config.json holds them."""
     values = dataclasses.asdict(config)
-    return {name: value for name, value in values.items() if name not in _NOT_OF_THE_RUN}
+    return {name: value for name, value in values.items() if name not in _NOT_HYPERPARAMETERS}
 
 
 def _bounds(config: Config) -> Iterator[tuple[str, bool, str]]:
-    """The bounds of what makes a run: the flag's name, whether they hold, what it must be."""
+    """Yield a flag's name, whether its bounds hold, and what it must be, per hyperparameter."""
     for name, lowest, highest in (
-        ("epochs", 1, MOST_EPOCHS),
+        ("epochs", 1, MAX_EPOCHS),
         ("batch_size", 1, 1_000_000),
         ("hidden_size", 1, 16_384),
         ("num_layers", 1, 100),
-        ("seed", 0, MOST_SEED),
+        ("seed", 0, MAX_SEED),
         ("validation_size", 0, math.inf),
     ):
         value = getattr(config, name)
         must_be = f"at least {lowest}" if value < lowest else f"at most {highest}"
         yield name, lowest <= value <= highest, must_be
     weights = 8 * config.hidden_size**2 * config.num_layers
-    yield "hidden_size", weights <= MOST_WEIGHTS, f"less with {config.num_layers} layers"
+    yield "hidden_size", weights <= MAX_WEIGHTS, f"less with {config.num_layers} layers"
     for name in ("learning_rate", "clip_norm"):
-        yield name, 0 < getattr(config, name) <= LARGEST, "a positive number"
+        yield name, 0 < getattr(config, name) <= MAX_FLOAT, "a positive number"
     for name in ("weight_decay", "elastic"):
-        yield name, 0 <= getattr(config, name) <= LARGEST, "at least 0"
+        yield name, 0 <= getattr(config, name) <= MAX_FLOAT, "at least 0"
     for name in ("label_smoothing", "dropout"):
         yield name, 0 <= getattr(config, name) < 1, "at least 0 and less than 1"
 
@@ -259,7 +259,7 @@ def _check_flags(config: Config) -> None:
     for name, holds, must_be in _bounds(config):
         check(config, name, holds, must_be)
     workdir = config.workdir
-    is_free = not os.path.lexists(workdir)  # a link to nowhere is there, and no folder
+    is_free = not os.path.lexists(workdir)  # a dangling link exists, but is not a folder
     check(config, "workdir", is_free or os.path.isdir(workdir), "a folder")
     try:
         is_interval = all(value is None or value > 0 for value in config.save_interval)

@@ -1,4 +1,4 @@
-"""What a run shows to the person who watches it."""
+"""What a run prints on the terminal."""
 
 import contextlib
 import statistics
@@ -14,17 +14,17 @@ from experiments.harness.usage import counted, printable
 
 
 def warn(message: str) -> None:
-    """Say what the run could deal with and a person should know."""
+    """Print a warning about a problem that does not end the run."""
     if jax.process_index() == 0:
         print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def without_echoes() -> Iterator[None]:
-    """Leave out tracebacks of what is known already.
+def hide_repeated_tracebacks() -> Iterator[None]:
+    """Hide tracebacks that only repeat an error.
 
-    Those that Orbax's other writes print after one of them failed: Orbax raises that failure
-    itself, and closes the event loop that the others report to.
+    When one of Orbax's writes fails, Orbax raises that failure and closes the event loop that its
+    other writes report to, so these print a traceback each.
     """
     shown = sys.unraisablehook
 
@@ -39,8 +39,8 @@ def without_echoes() -> Iterator[None]:
         sys.unraisablehook = shown
 
 
-class Progress:
-    """A progress bar over the images of a whole run on a terminal; plain lines elsewhere."""
+class ProgressBar:
+    """A progress bar over the images of a whole run on a terminal, and plain lines elsewhere."""
 
     def __init__(self, images: int, done: int):
         self._has_header = False
@@ -53,19 +53,19 @@ class Progress:
             disable=jax.process_index() > 0 or not sys.stderr.isatty(),
         )
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(self, *exception) -> None:
         self._bar.close()
 
-    def advance(self, done: int, loss: float) -> None:
-        """Say how many images were trained on, and the mean loss over the epoch so far."""
+    def update(self, done: int, loss: float) -> None:
+        """Show how many images are done, and the mean loss over the epoch so far."""
         self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         self._bar.update(done - self._bar.n)
 
-    def epoch(self, record: dict[str, Any], epochs: int) -> None:
-        """Print an epoch's line, and before the first one what its columns are."""
+    def print_epoch(self, record: dict[str, Any], epochs: int) -> None:
+        """Print an epoch's line, and the column titles before the first one."""
         splits = [name for name in ("train", "validation", "test") if f"{name}_loss" in record]
         last_step = record["step"] * epochs // record["epoch"]
         columns = {
@@ -83,13 +83,13 @@ class Progress:
 
 
 def _loss_and_accuracy(record: Mapping[str, Any], split: str) -> str:
-    """In twelve characters: the accuracy in percent."""
+    """Format a loss and an accuracy in percent, in twelve characters."""
     loss, percent = record[f"{split}_loss"], 100 * record[f"{split}_accuracy"]
     return f"{loss:.4f}"[:6] + " " + f"{percent:.2f}"[:5].rjust(5)
 
 
 def duration(seconds: float) -> str:
-    """A time in a few characters, however short or long."""
+    """Format a duration, short or long, in a few characters."""
     if seconds < 0.0995:
         return f"{1000 * seconds:.0f} ms"
     if seconds < 599.5:
@@ -98,9 +98,9 @@ def duration(seconds: float) -> str:
 
 
 def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
-    """An accuracy's 95% interval (Wilson, 1927), as fractions.
+    """Return the 95% confidence interval (Wilson, 1927) of an accuracy, as fractions.
 
-    In four lines, since `scipy.stats`, which has it too, takes longer to import than JAX.
+    `scipy.stats` offers it too, but takes longer to import than JAX.
     """
     z = statistics.NormalDist().inv_cdf(0.975)
     accuracy, shrinkage = correct / total, 1 + z**2 / total
@@ -110,7 +110,7 @@ def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
 
 
 def accuracy_line(correct: int, total: int) -> str:
-    """State an accuracy with its 95% interval."""
+    """Format an accuracy with its 95% interval."""
     low, high = accuracy_interval(correct, total)
     return (
         f"{correct / total:.2%} (95% interval {low:.2%} to {high:.2%}), "
@@ -121,13 +121,13 @@ def accuracy_line(correct: int, total: int) -> str:
 def print_summary(
     evaluation: dict[str, Any], records: list[dict[str, Any]], checkpoint: Path, command: str
 ) -> None:
-    """Print what a run came to.
+    """Print the result of a run.
 
     Args:
-        evaluation: of the checkpoint, as in eval.json.
-        records: the epochs' metrics.
-        checkpoint: what was evaluated.
-        command: how to evaluate it again.
+        evaluation: metrics of the checkpoint, as in eval.json.
+        records: metrics of the epochs.
+        checkpoint: path of the checkpoint.
+        command: the command that evaluates it again.
     """
     time = duration(sum(record["seconds"] for record in records))
     print()

@@ -1,4 +1,4 @@
-"""With what software and on what machine this process computes."""
+"""The software and the machine that this process runs on."""
 
 import datetime
 import importlib.metadata
@@ -10,11 +10,11 @@ from typing import Any
 import jax
 
 PACKAGES = ("lstm_flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-"""What a run's figures may depend on."""
+"""Packages that a run's metrics may depend on."""
 
 
-def of_start(step: int) -> dict[str, Any]:
-    """What environment.jsonl holds about a start of training, as JSON values."""
+def start_record(step: int) -> dict[str, Any]:
+    """Return the line of environment.jsonl for a start of training at this step."""
     return {
         "step": step,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -28,12 +28,12 @@ def of_start(step: int) -> dict[str, Any]:
 
 
 def device_name() -> str:
-    """Kind and number of the devices."""
+    """Return the number and kind of the devices."""
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 def version(package: str) -> str | None:
-    """Version of an installed package, None where it is not installed."""
+    """Return the version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -41,7 +41,7 @@ def version(package: str) -> str | None:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Return the name of the processor."""
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
     return found[1] if found else platform.processor()

@@ -1,4 +1,4 @@
-"""What a run's flags describe, made: its model, its optimiser, how it reads and distorts images."""
+"""Build what a run's flags describe: model, optimiser, augmentation, images as sequences."""
 
 import math
 from functools import partial
@@ -11,28 +11,28 @@ from flax.training.train_state import TrainState
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.training_run.config import Config
-from lstm_flax import readings, training
+from lstm_flax import sequences, training
 from lstm_flax.augment import distort
 from lstm_flax.models import LSTMClassifier, SequenceClassifier, chrono_init
 from lstm_flax.models.lstm import forget_gate_ones
-from lstm_flax.training import Augment, Reading
+from lstm_flax.training import Augment, ToSequence
 
 IMAGE_SHAPE = (28, 28)
-"""Rows and pixels a row of every dataset's images."""
+"""Rows, and pixels per row, of the images of every dataset."""
 
 
 def model(config: Config) -> SequenceClassifier:
-    """The classifier."""
+    """Return the classifier."""
     is_float32 = config.precision == "float32"
-    # An image's pixels in their own order need a memory of hundreds of steps from the start: with
-    # the default biases training collapses. In a random order those learn faster.
+    # Pixels in their own order need a memory of hundreds of steps from the start: with the default
+    # biases, training collapses. In a random order, training is faster with the default biases.
     is_long = config.sequence == "pixels"
     return LSTMClassifier(
         config.hidden_size,
         config.num_layers,
         dtype=jnp.dtype(config.precision),
         dropout=config.dropout,
-        # Else a TPU would round float32 operands to bfloat16, and a GPU to TensorFloat-32.
+        # By default a TPU rounds float32 operands to bfloat16, and a GPU to TensorFloat-32.
         precision=jax.lax.Precision.HIGHEST if is_float32 else None,
         bias_init=chrono_init(math.prod(IMAGE_SHAPE)) if is_long else forget_gate_ones,
     )
@@ -49,7 +49,7 @@ class Implementation(NamedTuple):
 
 
 def implementation(config: Config) -> Implementation:
-    """Which implementation of the LSTM layer trains this model on this machine."""
+    """Return which implementation of the LSTM layer trains this model on this machine."""
     reason = model(config).core.why_not_native(_sample(config), deterministic=False)
     kernels = {"cpu": "native kernel", "tpu": "Pallas kernels", "gpu": "cuDNN"}
     name = "scan" if reason else kernels[jax.default_backend()]
@@ -57,7 +57,7 @@ def implementation(config: Config) -> Implementation:
 
 
 def optimizer(config: Config, num_images: int) -> optax.GradientTransformation:
-    """The optimiser, whose schedule spans all epochs over so many images."""
+    """Return the optimiser, with a schedule over all epochs of `num_images` images."""
     tx = training.onecycle_adamw(
         config.learning_rate,
         config.epochs * training.steps_per_epoch(num_images, config.batch_size),
@@ -67,34 +67,34 @@ def optimizer(config: Config, num_images: int) -> optax.GradientTransformation:
     return training.shard_opt_state(tx) if config.shard_optimizer else tx
 
 
-def reading(config: Config) -> Reading:
-    """How images become sequences."""
+def to_sequence(config: Config) -> ToSequence:
+    """Return the function that turns images into sequences."""
     match config.sequence:
         case "rows":
-            return readings.rows
+            return sequences.rows
         case "pixels":
-            return readings.pixels
+            return sequences.pixels
         case "permuted":
-            return readings.permuted_pixels
+            return sequences.permuted_pixels
 
 
 def augment(config: Config) -> Augment | None:
-    """How the training images are distorted."""
+    """Return the function that distorts training images; None without `--augment`."""
     return partial(distort, elastic=config.elastic) if config.augment else None
 
 
 def train_state(config: Config, num_images: int, key: jax.Array) -> TrainState:
-    """The state at step 0 of a training on so many images; `key` draws the parameters."""
+    """Return the state at step 0 of training on `num_images` images; `key` draws parameters."""
     tx = optimizer(config, num_images)
     return training.create_train_state(model(config), tx, _sample(config), key)
 
 
 def abstract_state(config: Config) -> TrainState:
-    """What `train_state` is like, whole on each device of the mesh in force; no array is made.
+    """Return the shapes and dtypes of `train_state`, replicated on the current mesh.
 
-    So a checkpoint can be compared with what its config.json asks for before that takes memory.
+    No array is made, so a checkpoint can be compared with its config.json before it takes memory.
     """
-    tx = optimizer(config, config.batch_size)  # how many images it spans is no part of the state
+    tx = optimizer(config, config.batch_size)  # the state does not depend on the number of images
     params = _abstract_params(config)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     opt_state = jax.eval_shape(tx.init, params)
@@ -106,7 +106,7 @@ def abstract_state(config: Config) -> TrainState:
 
 
 def count_parameters(config: Config) -> int:
-    """How many parameters the model has; none is made."""
+    """Return the number of parameters of the model, without making them."""
     return sum(leaf.size for leaf in jax.tree.leaves(_abstract_params(config)))
 
 
@@ -116,5 +116,5 @@ def _abstract_params(config: Config) -> Any:
 
 
 def _sample(config: Config) -> jax.Array:
-    """A sequence of the shape and dtype that the model is given."""
-    return reading(config)(jnp.zeros((1, *IMAGE_SHAPE), jnp.float32))
+    """Return a sequence of the shape and dtype of the model's input."""
+    return to_sequence(config)(jnp.zeros((1, *IMAGE_SHAPE), jnp.float32))

@@ -1,4 +1,4 @@
-"""How far a run is: saved as a checkpoint, and gone on from."""
+"""The progress of a run: saved as a checkpoint, and resumed from it."""
 
 import contextlib
 from typing import Any, NamedTuple
@@ -8,14 +8,14 @@ from flax.training.train_state import TrainState
 
 from experiments.harness.usage import UsageError
 from experiments.training_run import run_files
-from experiments.training_run.config import MOST_EPOCHS, Config, differences, of_the_run
+from experiments.training_run.config import MAX_EPOCHS, Config, config_diff, hyperparameters
 from experiments.training_run.console import warn
 from lstm_flax import checkpoints, training
 from lstm_flax.training import Batch, Keys, Metrics
 
 
-class Run(NamedTuple):
-    """What a run works with from its start to its end."""
+class RunContext(NamedTuple):
+    """What a run uses from start to end."""
 
     config: Config
     datasets: dict[str, Batch]  # "train", "test" and, where images are held out, "validation"
@@ -24,22 +24,22 @@ class Run(NamedTuple):
 
 
 class LoopState(NamedTuple):
-    """How far a run is; with the `Run`, all that its future depends on."""
+    """How far a run is; with the `RunContext`, it determines everything that follows."""
 
     state: TrainState
     metrics: Metrics  # of the epoch so far
-    records: list[dict[str, Any]]  # a line of metrics.jsonl for each epoch that is done
+    records: list[dict[str, Any]]  # the line of metrics.jsonl for each finished epoch
     training_seconds: float = 0.0  # of the epoch so far
 
     @classmethod
     def at_start(cls, state: TrainState) -> "LoopState":
-        """Of a run that has taken no step."""
+        """Return the state of a run that has taken no step."""
         return cls.at_start_of_epoch(state, [])
 
     @classmethod
     def at_start_of_epoch(cls, state: TrainState, records: list[dict[str, Any]]) -> "LoopState":
-        """Of a run between two epochs."""
-        return cls(state, training.replicate(Metrics.zero()), records)
+        """Return the state of a run between two epochs."""
+        return cls(state, training.replicate(Metrics.empty()), records)
 
     @property
     def tree(self) -> dict[str, Any]:
@@ -48,17 +48,17 @@ class LoopState(NamedTuple):
 
     @property
     def step(self) -> int:
-        """Steps taken."""
+        """Number of steps taken."""
         return int(self.state.step)
 
     @property
     def epochs(self) -> int:
-        """Epochs that are done."""
+        """Number of finished epochs."""
         return len(self.records)
 
     @property
     def images(self) -> int:
-        """Images that were trained on in the epoch so far."""
+        """Number of images trained on in the epoch so far."""
         return int(self.metrics.count)
 
     @property
@@ -67,40 +67,40 @@ class LoopState(NamedTuple):
         return float(self.metrics.loss)
 
 
-class Saved(NamedTuple):
-    """What a checkpoint tells beside its arrays."""
+class CheckpointMetadata(NamedTuple):
+    """What a checkpoint holds beside its arrays."""
 
     config: dict[str, Any]  # of the run
     records: list[dict[str, Any]]
     training_seconds: float
 
     @classmethod
-    def of(cls, step: int, metadata: dict[str, Any]) -> "Saved":
-        """Of the checkpoint of a step, which may be anybody's.
+    def parse(cls, step: int, metadata: dict[str, Any]) -> "CheckpointMetadata":
+        """Check and return the metadata of the checkpoint of a step, which may be untrusted.
 
         Raises:
-            DamagedError: no run tells such things.
+            DamagedError: no run writes such metadata.
         """
         try:
             saved = cls(**metadata)
             is_ours = (
-                _is_number(saved.config["epochs"], 1, MOST_EPOCHS)
+                _is_number(saved.config["epochs"], 1, MAX_EPOCHS)
                 and _is_number(saved.training_seconds)
                 and all(_is_record(n, record) for n, record in enumerate(saved.records, 1))
             )
         except (TypeError, KeyError, AttributeError):
             is_ours = False
         if not is_ours:
-            raise checkpoints.DamagedError(f"step {step}: what it tells of its run can't be true")
+            raise checkpoints.DamagedError(f"step {step}: its metadata are not those of a run")
         return saved
 
 
 def _is_record(epoch: int, record: dict[str, Any]) -> bool:
-    """Whether a record can be an epoch's: figures are numbers, if perhaps infinite ones."""
-    figures = [value for name, value in record.items() if name not in ("dataset", "device")]
+    """Whether a record can be that of an epoch; its metrics are numbers, perhaps infinite."""
+    metrics = [value for name, value in record.items() if name not in ("dataset", "device")]
     return (
-        all(isinstance(value, int | float) for value in figures)
-        and record["epoch"] == epoch <= MOST_EPOCHS
+        all(isinstance(value, int | float) for value in metrics)
+        and record["epoch"] == epoch <= MAX_EPOCHS
         and _is_number(record["step"])
         and _is_number(record["seconds"])
     )
@@ -111,16 +111,18 @@ def _is_number(value: Any, low: float = 0, high: float = 1e12) -> bool:
 
 
 def check_epochs(config: Config) -> None:
-    """Check that the run in the workdir, if there is one, has no more epochs than are asked for.
+    """Check that the run in the workdir, if there is one, has no more epochs than `--epochs`.
 
     Raises:
-        UsageError: it was saved for more, or has trained more.
+        UsageError: the run was saved for more epochs, or has trained more.
     """
     directory = run_files.checkpoints_path(config.workdir)
     planned, done = 0, len(run_files.read_lines(run_files.metrics_path(config.workdir)))
     for step in run_files.saved_steps(config.workdir):
-        with contextlib.suppress(checkpoints.DamagedError):  # restoring will say so
-            saved = Saved.of(step, checkpoints.read_description(directory, step)["about"])
+        with contextlib.suppress(checkpoints.DamagedError):  # restoring reports it
+            saved = CheckpointMetadata.parse(
+                step, checkpoints.read_description(directory, step)["about"]
+            )
             planned = max(planned, saved.config["epochs"])
             done = max(done, len(saved.records))
     if config.epochs < max(planned, done):
@@ -131,7 +133,7 @@ def check_epochs(config: Config) -> None:
         )
 
 
-def resume(run: Run, fresh: LoopState) -> LoopState:
+def resume(run: RunContext, fresh: LoopState) -> LoopState:
     """The state of the newest checkpoint that is intact, or `fresh` where there is none at all.
 
     Newer ones that are damaged are moved out of the way, and that is said.
@@ -143,14 +145,14 @@ def resume(run: Run, fresh: LoopState) -> LoopState:
     if not steps:
         return fresh
     restored, damages = checkpoints.restore_first(run.manager, fresh.tree, steps)
-    saved = Saved.of(restored.step, restored.metadata)
-    if differing := differences(run.config, saved.config):
+    saved = CheckpointMetadata.parse(restored.step, restored.metadata)
+    if differing := config_diff(run.config, saved.config):
         raise checkpoints.CheckpointError(
             f"the checkpoints in {run.manager.directory} are another run's: {'; '.join(differing)}"
         )
     if damages:
         damaged = [step for step in steps if step > restored.step]
-        folder = run_files.set_aside(run.config.workdir, damaged)
+        folder = run_files.quarantine(run.config.workdir, damaged)
         run.manager.reload()
         warn(f"moved damaged checkpoints to {folder} ({'; '.join(map(str, damages))})")
     return LoopState(
@@ -158,10 +160,10 @@ def resume(run: Run, fresh: LoopState) -> LoopState:
     )
 
 
-def save(run: Run, loop_state: LoopState) -> None:
-    """Start saving the state of the loop as a checkpoint."""
-    metadata = Saved(
-        of_the_run(run.config), loop_state.records, loop_state.training_seconds
+def save(run: RunContext, loop_state: LoopState) -> None:
+    """Start to save the state of the loop as a checkpoint."""
+    metadata = CheckpointMetadata(
+        hyperparameters(run.config), loop_state.records, loop_state.training_seconds
     )._asdict()
     is_between_epochs = loop_state.images == 0
     metrics = loop_state.records[-1] if is_between_epochs else {}

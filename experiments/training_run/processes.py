@@ -1,4 +1,4 @@
-"""The processes that train one model, often just one: how they join, and how one ends."""
+"""Start and end the processes that train one model, often just one."""
 
 import contextlib
 import ipaddress
@@ -14,14 +14,14 @@ from experiments.training_run.config import Config
 from lstm_flax import training
 
 LOST_PROCESS_SECONDS = 30
-"""How long a process that shows no sign of life may stay away before the others give up."""
+"""How long a process may show no sign of life before the others end."""
 
 
 @contextlib.contextmanager
-def joined(config: Config) -> Iterator[None]:
-    """Put a mesh of all processes' devices in force; the first process speaks for all."""
+def distributed_context(config: Config) -> Iterator[None]:
+    """Set a mesh over the devices of all processes; only the first process prints."""
     if config.distributed:
-        # Else JAX would take SIGTERM for itself; `Pace` tells all processes of it.
+        # Otherwise JAX would handle SIGTERM; `ChunkScheduler` shares it with all processes.
         jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
             config.coordinator,
@@ -39,10 +39,10 @@ def joined(config: Config) -> Iterator[None]:
 
 
 def bind_address(coordinator: str | None) -> str | None:
-    """Where the first process listens: at an address of its own, or else on all interfaces (None).
+    """Return where the first process listens: its own address, or None for all interfaces.
 
-    Whoever reaches it can take part in the training. A name may stand for another address on each
-    host, so only `localhost` and numbers tell which one is meant.
+    Anyone who reaches it can take part in the training. A name may mean a different address on each
+    host, so only `localhost` and numbers identify one.
     """
     host, _, port = (coordinator or "").rpartition(":")
     try:
@@ -50,15 +50,15 @@ def bind_address(coordinator: str | None) -> str | None:
         family = socket.AF_INET if address.version == 4 else socket.AF_INET6
         with socket.socket(family) as probe:
             probe.bind((str(address), 0))
-    except (ValueError, OSError):  # no number, or an address of another machine
+    except (ValueError, OSError):  # not a number, or the address of another machine
         return None
     return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
 
 
 def fail(error: Exception) -> int:
-    """Say in one line why the experiment ends; returns the exit status, where it returns."""
+    """Print in one line why the experiment ends, and return or end with the exit status."""
     if jax.process_count() == 1:
         return usage.fail(error)
-    hint = "if another process was lost, start all of them again: they go on from the last save"
+    hint = "if another process was lost, start all of them again: they resume from the last save"
     print(f"error: {error}; {hint}", file=sys.stderr, flush=True)
-    os._exit(2)  # JAX would wait for the other processes, and those perhaps for this one
+    os._exit(2)  # JAX would wait for the other processes, which may wait for this one

@@ -1,4 +1,4 @@
-"""A trained run, restored from its workdir to be looked at or used; nothing in it is changed."""
+"""Restore a trained run from its workdir to examine or use it, without changing anything in it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,25 +20,25 @@ from lstm_flax.models import SequenceClassifier
 
 
 class RestoredRun(NamedTuple):
-    """The result of a run: `model.apply({"params": params}, x)` gives its logits."""
+    """The result of a run: `model.apply({"params": params}, x)` returns logits."""
 
     config: Config
     model: SequenceClassifier
     params: dict[str, Any]  # float32 arrays
-    step: int  # whose checkpoint it is
+    step: int  # of the checkpoint
 
 
 def restore_run(workdir: Path) -> RestoredRun:
-    """Restore the result of the run in a workdir, the checkpoint that `--eval-only` evaluates.
+    """Restore the result of the run in a workdir: the checkpoint that `--eval-only` evaluates.
 
-    It takes no lock, so the run may be training still; the result is then that of its last save.
-    Where the result's checkpoint is damaged the next best one takes its place, and that is said.
+    This takes no lock, so the run may still be training; the result is then that of its last save.
+    If the checkpoint of the result is damaged, this warns and restores the next best one.
 
     Raises:
         RunFilesError: there is no run in the workdir, or its config.json can't be read.
-        CheckpointError: it has no checkpoint that can be restored.
+        CheckpointError: no checkpoint of the run can be restored.
     """
-    quieten()  # it is called without a command, too
+    quieten()  # this is also called outside of commands
     config = read_config(workdir)
     directory = run_files.checkpoints_path(workdir)
     if not directory.is_dir():
@@ -57,26 +57,25 @@ def restore_run(workdir: Path) -> RestoredRun:
 
 
 def classify(run: RestoredRun, images: np.ndarray) -> np.ndarray:
-    """Class probabilities, float32 [n, classes], of images uint8 [n, rows, pixels]."""
+    """Return class probabilities, float32 [n, classes], of images uint8 [n, rows, pixels]."""
     return classifier(run)(images)
 
 
 def classifier(run: RestoredRun) -> Callable[[np.ndarray], np.ndarray]:
-    """`classify`, to be called again and again: it is compiled once.
+    """Return `classify` for one run, compiled once for many calls.
 
-    The run reads images as it was trained to, in batches of its own size: in bfloat16 the order in
-    which sums are rounded depends on it, so with another one a doubtful answer might not be the one
-    that it was evaluated by.
+    Images become sequences as in training, and batches have the size that the run was evaluated
+    with: in bfloat16 the rounding of sums depends on it, which could change a doubtful answer.
     """
-    read, batch_size = from_config.reading(run.config), run.config.batch_size
+    to_sequence, batch_size = from_config.to_sequence(run.config), run.config.batch_size
 
     @jax.jit
     def classify_batch(images: jax.Array) -> jax.Array:
-        logits = run.model.apply({"params": run.params}, read(training.to_floats(images)))
+        logits = run.model.apply({"params": run.params}, to_sequence(training.to_floats(images)))
         return jax.nn.softmax(jnp.asarray(logits))
 
     def classify(images: np.ndarray) -> np.ndarray:
-        # The last batch is filled up, so that all of them are computed in one way.
+        # The last batch is filled up, so that all batches are computed in the same way.
         filled = np.arange(-(-len(images) // batch_size) * batch_size) % len(images)
         batches = filled.reshape(-1, batch_size)
         return np.concatenate([classify_batch(images[batch]) for batch in batches])[: len(images)]
@@ -85,11 +84,11 @@ def classifier(run: RestoredRun) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def restore_row_reader(workdir: Path) -> RestoredRun:
-    """`restore_run`, for what can only watch a run that reads row by row.
+    """Restore a run whose time steps are rows, as `restore_run` does.
 
     Raises:
-        UsageError: the run reads otherwise.
-        RunFilesError, CheckpointError: as `restore_run`.
+        UsageError: the time steps of the run are pixels.
+        RunFilesError, CheckpointError: as in `restore_run`.
     """
     sequence = read_config(workdir).sequence
     if sequence != "rows":
@@ -98,15 +97,15 @@ def restore_row_reader(workdir: Path) -> RestoredRun:
 
 
 def read_config(workdir: Path) -> Config:
-    """The configuration of the run in a workdir.
+    """Return the configuration of the run in a workdir.
 
     Raises:
-        RunFilesError: there is none, or it can't be read.
+        RunFilesError: there is no run, or its configuration can't be read.
     """
     config = stored_config(Config(workdir=workdir))
     if config is None:
         raise RunFilesError(
-            f"there is no run in {workdir}; name one with --workdir, or train one: "
+            f"there is no run in {workdir}; pass another --workdir, or train a run: "
             f"{command_line('mnist_lstm', '--workdir', workdir)}"
         )
     return config

@@ -1,8 +1,8 @@
 """The files that a run keeps in its workdir, beside Orbax's checkpoints.
 
-A workdir may be anybody's, so a run's files are opened, read, written and replaced here alone. No
-link is followed: a file is written as a new one, which then takes the old one's place, and what is
-opened to be changed is a regular file. The workdir itself may be a link.
+A workdir may be untrusted, so only this module opens, reads, writes and replaces a run's files. It
+follows no links: it writes a new file, which then replaces the old one, and changes only regular
+files in place. The workdir itself may be a link.
 """
 
 import contextlib
@@ -29,64 +29,64 @@ from lstm_flax.files import (
     walk,
 )
 
-MOST_BYTES = 8 * MIB
-"""Of a file that is read; a line an epoch takes 400 bytes."""
+MAX_FILE_BYTES = 8 * MIB
+"""Largest size of a file that is read; the line of an epoch takes 400 bytes."""
 
-LONGEST_OWNER = 200
+MAX_OWNER_BYTES = 200
 """Bytes that are shown of who holds a lock."""
 
 
 class RunFilesError(Exception):
-    """A workdir can't be used; the message says why and what to do."""
+    """The workdir can't be used; the message says why and what to do."""
 
 
 def config_path(workdir: Path) -> Path:
-    """The resolved configuration."""
+    """Path of the resolved configuration."""
     return workdir / "config.json"
 
 
 def metrics_path(workdir: Path) -> Path:
-    """A line an epoch."""
+    """Path of the metrics, one line per epoch."""
     return workdir / "metrics.jsonl"
 
 
 def eval_path(workdir: Path) -> Path:
-    """The latest evaluation."""
+    """Path of the latest evaluation."""
     return workdir / "eval.json"
 
 
 def environment_path(workdir: Path) -> Path:
-    """A line each time that training started."""
+    """Path of the environments, one line per start of training."""
     return workdir / "environment.jsonl"
 
 
 def tensorboard_path(workdir: Path) -> Path:
-    """The folder of TensorBoard's event files."""
+    """Path of the folder of TensorBoard's event files."""
     return workdir / "tensorboard"
 
 
 def checkpoints_path(workdir: Path) -> Path:
-    """Orbax's folder."""
+    """Path of the folder of Orbax's checkpoints."""
     return workdir / "checkpoints"
 
 
 def damaged_path(workdir: Path) -> Path:
-    """The folder of damaged checkpoints that were moved away."""
+    """Path of the folder that damaged checkpoints are moved to."""
     return workdir / "damaged"
 
 
 def figures_path(workdir: Path) -> Path:
-    """The folder of the figures that are drawn of the run."""
+    """Path of the folder of figures about the run."""
     return workdir / "figures"
 
 
 def report_path(workdir: Path) -> Path:
-    """The page that reports the run."""
+    """Path of the report about the run."""
     return workdir / "report.html"
 
 
 def lock_path(workdir: Path) -> Path:
-    """The file by which a run keeps others out."""
+    """Path of the file that locks the workdir."""
     return workdir / ".lock"
 
 
@@ -94,14 +94,14 @@ PATHS = (
     config_path, metrics_path, eval_path, environment_path, tensorboard_path, checkpoints_path,
     damaged_path, figures_path, report_path, lock_path,
 )  # fmt: skip
-"""All that a run reads or writes."""
+"""Everything that a run reads or writes."""
 
 
 def check_workdir(workdir: Path) -> None:
-    """Check, before anything in it is opened, that nothing of a run lies outside its workdir.
+    """Check that no path of a run leads outside of its workdir, before any of them is opened.
 
     Raises:
-        RunFilesError: a file or a folder is a link, or something else than a file and a folder.
+        RunFilesError: a path is a link, or is neither a file nor a folder.
     """
     try:
         for path in PATHS:
@@ -109,13 +109,13 @@ def check_workdir(workdir: Path) -> None:
                 pass
     except OSError as error:
         raise RunFilesError(
-            f"{error.filename} can't be used ({error.strerror}); a run's folder may be a link, but "
+            f"{error.filename} can't be used ({error.strerror}); a workdir may be a link, but "
             f"holds only files and folders"
         ) from error
 
 
 def saved_steps(workdir: Path) -> list[int]:
-    """Steps of the checkpoints that are whole, by their folders' names; the latest first."""
+    """Return the steps of complete checkpoints by their folders' names, the latest first."""
     with contextlib.suppress(OSError):
         names = [path.name for path in checkpoints_path(workdir).iterdir()]
         return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
@@ -123,12 +123,12 @@ def saved_steps(workdir: Path) -> list[int]:
 
 
 def read_config(workdir: Path) -> dict[str, Any] | None:
-    """Return the configuration of the run in `workdir`, or None where there is none.
+    """Return the configuration of the run in `workdir`, or None if there is none.
 
-    Every command reads it before all else, so it checks the workdir too.
+    Every command calls this first, so it checks the workdir too.
 
     Raises:
-        RunFilesError: config.json is there and can't be read, or something in the workdir leads
+        RunFilesError: config.json exists but can't be read, or a path in the workdir leads
             elsewhere.
     """
     check_workdir(workdir)
@@ -139,20 +139,20 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise RunFilesError(
-            f"{path} can't be read ({error}); move it away and give the run's own flags"
+            f"{path} can't be read ({error}); move it away and pass the run's own flags"
         ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read the JSON object in a file.
+    """Read a JSON object from a file.
 
     Raises:
-        OSError: the file can't be read, or is none that a run writes.
-        ValueError: it holds no JSON object.
+        OSError: the file can't be read, or is not one that a run writes.
+        ValueError: the file does not hold a JSON object.
     """
     values = parse_json(read_bytes(path))
     if not isinstance(values, dict):
-        raise ValueError("it holds no JSON object")
+        raise ValueError("it does not hold a JSON object")
     return values
 
 
@@ -160,37 +160,37 @@ def read_bytes(path: Path) -> bytes:
     """Read a file.
 
     Raises:
-        OSError: it can't be read, or is none that a run writes; `strerror` says why.
+        OSError: the file can't be read, or is not one that a run writes; `strerror` says why.
     """
-    return read_regular_file(path, MOST_BYTES)
+    return read_regular_file(path, MAX_FILE_BYTES)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file so that at every moment the old or the new one is there, whole."""
+    """Write a JSON file; at every moment the old or the new one is there and complete."""
     _replace(path, json.dumps(values, indent=2) + "\n")
 
 
 def write_metrics(workdir: Path, records: list[dict[str, Any]]) -> None:
-    """Bring the metrics to where a run resumes, whatever the file held."""
+    """Write the metrics of all epochs so far, whatever the file held."""
     _write_lines(metrics_path(workdir), records)
 
 
 def append_metrics(workdir: Path, record: dict[str, Any]) -> None:
-    """Add an epoch's metrics."""
+    """Append the metrics of an epoch."""
     path = metrics_path(workdir)
-    if is_writer():
+    if is_primary_process():
         with writing(path), open_to_change(path, os.O_APPEND | os.O_CREAT) as file:
             file.write(json.dumps(record).encode() + b"\n")
 
 
 def append_environment(workdir: Path, start: dict[str, Any]) -> None:
-    """Add where training starts, with what and on what; what is damaged in the file is left out."""
+    """Append a start of training; damaged lines are dropped."""
     path = environment_path(workdir)
     _write_lines(path, [*read_lines(path), start])
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects in a file of one a line, but for lines that are damaged; [] without it."""
+    """Return the JSON objects in a file, one per line; skips damaged lines; [] without a file."""
     objects = []
     with contextlib.suppress(OSError):
         for line in read_bytes(path).splitlines():
@@ -199,14 +199,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [entry for entry in objects if isinstance(entry, dict)]
 
 
-def set_aside(workdir: Path, steps: list[int]) -> Path:
-    """Move damaged checkpoints out of the way, and return the folder where they are now.
+def quarantine(workdir: Path, steps: list[int]) -> Path:
+    """Move damaged checkpoints out of the way, and return the folder that now holds them.
 
     Raises:
-        RunFilesError: one can't be moved.
+        RunFilesError: a checkpoint can't be moved.
     """
     folder = damaged_path(workdir)
-    if is_writer():
+    if is_primary_process():
         with writing(folder):
             folder.mkdir(exist_ok=True)
         for step in steps:
@@ -228,7 +228,7 @@ def lock(workdir: Path) -> Iterator[None]:
     Raises:
         RunFilesError: a live run has it, or it can't be written.
     """
-    if not is_writer():
+    if not is_primary_process():
         yield
         return
     with writing(workdir):
@@ -239,7 +239,7 @@ def lock(workdir: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            owner = file.read(LONGEST_OWNER).decode(errors="replace")
+            owner = file.read(MAX_OWNER_BYTES).decode(errors="replace")
             raise RunFilesError(
                 f"--workdir {workdir} is in use by another run ({owner}); "
                 f"wait for it, stop it, or give another --workdir"
@@ -253,13 +253,13 @@ def lock(workdir: Path) -> Iterator[None]:
         yield
 
 
-def is_writer() -> bool:
-    """Whether this process is the one, of all that train together, that writes files."""
+def is_primary_process() -> bool:
+    """Whether this process writes files: of all that train together, only the first does."""
     return jax.process_index() == 0
 
 
 def params_sha256(params: Any) -> str:
-    """SHA-256 over each parameter's name, shape, dtype and bytes, in the order of the names."""
+    """Return the SHA-256 of all parameters: name, shape, dtype and bytes, sorted by name."""
     digest = hashlib.sha256()
     leaves = jax.tree_util.tree_leaves_with_path(params)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
@@ -271,14 +271,14 @@ def params_sha256(params: Any) -> str:
 
 
 def open_to_change(path: Path, flags: int = 0) -> IO[bytes]:
-    """Open a file in its place, to be read and written.
+    """Open an existing file for reading and writing.
 
     Args:
-        path: of the file.
-        flags: as `os.O_CREAT`.
+        path: path of the file.
+        flags: further flags, such as `os.O_CREAT`.
 
     Raises:
-        OSError: it can't be opened, or is a link or no regular file.
+        OSError: the file can't be opened, is a link, or is not a regular file.
     """
     return open(open_regular_file(path, os.O_RDWR | flags), "r+b")
 
@@ -288,14 +288,14 @@ def _write_lines(path: Path, entries: list[dict[str, Any]]) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    if is_writer():
+    if is_primary_process():
         with writing(path), replacing(path) as new:
             new.write_text(text)
 
 
 @contextlib.contextmanager
 def writing(path: Path, done: str = "written") -> Iterator[None]:
-    """Turn what the operating system objects to into a RunFilesError that names the path."""
+    """Turn an OSError into a RunFilesError that names the path."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""MNIST and its kin through tfds, without TensorFlow. Importing this imports tfds."""
+"""MNIST and similar datasets through tfds, without TensorFlow. Importing this imports tfds."""
 
 import importlib.util
 

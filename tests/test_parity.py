@@ -112,13 +112,12 @@ def loop_over_one_sequence(case, params, x, counts, resets, carries):
             variables = {"params": params[f"l{layer}{side}"]}
             is_reverse = case["reverse"] or side == "_reverse"
             start = carry = jax.tree.map(lambda a: a[None], carries[len(final)])
-            is_cut, shown, outputs = False, cell.hidden(carry)[0], []
+            shown, outputs = cell.hidden(carry)[0], []
             for t in range(len(x))[:: -1 if is_reverse else 1]:
                 if counts[t]:
-                    if resets[t] if not is_reverse else is_cut:
+                    if resets[t]:
                         carry = jax.tree.map(jnp.zeros_like, start)
                     carry, (shown,) = cell.apply(variables, carry, x[t][None])
-                    is_cut = resets[t]
                 is_shown = counts[t] or (case["hold_outputs"] and layer == case["num_layers"] - 1)
                 outputs.append(shown if is_shown else jnp.zeros_like(shown))
             sides.append(jnp.stack(outputs[:: -1 if is_reverse else 1]))

@@ -90,7 +90,7 @@ class Sequences:
         axes: the caller's.
         lengths: int32 [rows], steps that count, which are a row's first; None: all.
         mask: bool [rows, time], those that count in the caller's order; None: as in a row.
-        resets: bool [rows, time], steps of a row before which the carry starts anew; None: none.
+        resets: bool [rows, time], steps before which the carry starts anew; None: none.
     """
 
     axes: Axes
@@ -109,13 +109,12 @@ class Sequences:
         """From checked arguments, in the caller's axes."""
         lengths = None if lengths is None else lengths.reshape(axes.rows)
         mask = None if mask is None else axes.fold(mask)
-        resets = None if resets is None else axes.fold(resets)
-        if mask is None:
-            return cls(axes, lengths, None, resets)
-        if lengths is not None:
+        if mask is not None and lengths is not None:
             mask = mask & is_valid_step(lengths, axes.time)
-        whole = cls(axes, mask.sum(axis=1, dtype=jnp.int32), mask)
-        return whole if resets is None else dataclasses.replace(whole, resets=whole._close(resets))
+        if mask is not None:
+            lengths = mask.sum(axis=1, dtype=jnp.int32)
+        found = cls(axes, lengths, mask)
+        return found if resets is None else dataclasses.replace(found, resets=found.to_rows(resets))
 
     @property
     def is_valid(self) -> jax.Array | None:
@@ -123,22 +122,12 @@ class Sequences:
         return None if self.lengths is None else is_valid_step(self.lengths, self.axes.time)
 
     def to_rows(self, x: jax.Array) -> jax.Array:
-        """The caller's x as rows, with zeros for what does not count."""
+        """The caller's x, or flags of steps, as rows, with zeros for what does not count."""
         x = self._close(self.axes.fold(x))
         if self.is_valid is None:
             return x
         # Not even a NaN there may come back as 0 x NaN in a gradient.
         return where(self.is_valid, x, jnp.zeros_like(x))
-
-    def starts_anew(self, reverse: bool) -> jax.Array | None:
-        """Bool [rows, time], steps of a row to which no carry comes, in one direction; None: none.
-
-        The reverse direction comes to the last step before a reset from the reset itself.
-        """
-        if self.resets is None or not reverse:
-            return self.resets
-        resets = self.resets if self.is_valid is None else self.resets & self.is_valid
-        return jnp.concatenate([resets[:, 1:], jnp.zeros_like(resets[:, :1])], axis=1)
 
     def to_caller(
         self, steps: jax.Array, before: Sequence[jax.Array] = (), reverse: bool = False

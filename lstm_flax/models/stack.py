@@ -151,10 +151,11 @@ class RecurrentStack(nn.Module):
             mask: bool, shaped as x without features: the steps that count, wherever they lie.
                 A sequence is run as if the others were not there, and those are to it what padding
                 is. With `seq_lengths` too, steps count that both count.
-            resets: bool, shaped as x without features: the carry is zero before such a step, so
-                that each sequence is cut there into pieces that know nothing of each other. To the
-                reverse direction a piece ends at its first step. Those among steps that do not
-                count do nothing. No kernel has this: it scans.
+            resets: bool, shaped as x without features: the carry is zero before such a step, as
+                with Haiku's `ResetCore`: to the forward direction it is the first one of an episode
+                that knows nothing of those before. To the reverse direction, which comes from
+                later steps, it is the last one. Those among steps that do not count do nothing. No
+                kernel has this: it scans.
             deterministic: switches dropout and zoneout's sampling off.
 
         Returns:

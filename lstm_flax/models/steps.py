@@ -28,14 +28,14 @@ class _Step(nn.Module):  # its random draws depend on this name
         carries: tuple[Carry, ...],
         x: jax.Array,
         is_valid: jax.Array | None,
-        starts_anew: jax.Array | None,
+        is_reset: jax.Array | None,
         starts: tuple[Carry, ...],
         hidden_masks: tuple[jax.Array | None, ...],
     ) -> tuple[tuple[Carry, ...], tuple[jax.Array, tuple[dict[str, jax.Array], ...]]]:
         advanced, shown = [], []
         for k, (cell, carry) in enumerate(zip(self.cells, carries, strict=True)):
-            if starts_anew is not None:
-                carry = _choose(starts_anew, starts[k], carry)
+            if is_reset is not None:
+                carry = _choose(is_reset, starts[k], carry)
             if isinstance(cell, RecurrentCell):
                 weights = cell.weights(x.shape[-1])
                 new, gates = cell.step(weights, carry, x, hidden_masks[k])
@@ -105,7 +105,7 @@ def scan_cells(
         tuple(carries),
         x,
         sequences.is_valid,
-        sequences.starts_anew(reverse),
+        sequences.resets,
         tuple(starts),
         tuple(hidden_masks) or (None,) * len(cells),
     )

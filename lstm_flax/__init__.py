@@ -8,11 +8,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lstm_flax.models import (
+    CellStack,
     GRUCell,
     GRUStack,
     LSTMCell,
     LSTMClassifier,
     LSTMStack,
+    PeepholeLSTMCell,
+    ResetBeforeGRUCell,
     RNNCell,
     RNNStack,
     SequenceClassifier,
@@ -43,6 +46,7 @@ else:
 
 
 __all__ = [
+    "CellStack",
     "GRUCell",
     "GRUStack",
     "Keys",
@@ -50,8 +54,10 @@ __all__ = [
     "LSTMClassifier",
     "LSTMStack",
     "Metrics",
+    "PeepholeLSTMCell",
     "RNNCell",
     "RNNStack",
+    "ResetBeforeGRUCell",
     "SequenceClassifier",
     "chrono_init",
     "create_train_state",

@@ -12,6 +12,8 @@ from lstm_flax import (
     GRUStack,
     LSTMCell,
     LSTMStack,
+    PeepholeLSTMCell,
+    ResetBeforeGRUCell,
     RNNCell,
     RNNStack,
     from_torch,
@@ -23,6 +25,7 @@ STACKS = {"LSTM": LSTMStack, "GRU": GRUStack, "RNN": RNNStack}
 DEFAULTS = {
     "kind": "LSTM", "num_layers": 1, "bidirectional": False, "proj_size": 0, "use_bias": True,
     "lengths": False, "nonlinearity": "tanh", "batch": 3, "time": 6, "features": 5, "hidden": 4,
+    "activation": None, "peephole": False, "reset_after": True, "reverse": False,
 }  # fmt: skip
 
 GOLDEN_CASES = {
@@ -115,17 +118,25 @@ def cell_options(case):
         options["nonlinearity"] = case["nonlinearity"]
     if case["kind"] == "LSTM":
         options["proj_size"] = case["proj_size"]
+    if case["activation"] and case["nonlinearity"] == "tanh":
+        options["activation"] = case["activation"]
     return options
 
 
 def make_cell(case):
     case = DEFAULTS | case
-    return CELLS[case["kind"]](case["hidden"], **cell_options(case))
+    kind = CELLS[case["kind"]]
+    if case["kind"] == "LSTM" and case["peephole"]:
+        kind = PeepholeLSTMCell
+    if case["kind"] == "GRU" and not case["reset_after"]:
+        kind = ResetBeforeGRUCell
+    return kind(case["hidden"], **cell_options(case))
 
 
 def make_stack(case, **more):
     case = DEFAULTS | case
-    options = {name: case[name] for name in ("num_layers", "bidirectional")}
+    own = {"LSTM": ["peephole"], "GRU": ["reset_after"]}.get(case["kind"], [])
+    options = {name: case[name] for name in ("num_layers", "bidirectional", "reverse", *own)}
     return STACKS[case["kind"]](case["hidden"], **options, **cell_options(case), **more)
 
 

@@ -185,8 +185,7 @@ def test_boxed_parameters_keep_their_boxes():
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (jnp.ones((2, 5)), r"x has shape \(2, 5\), not \[batch, time, features\]"),
-        (jnp.ones((2, 3, 4, 5)), r"x has shape .*, not \[batch, time, features\]"),
+        (jnp.ones(5), r"x has shape \(5,\), not \[\.\.\., time, features\]"),
         (jnp.ones((2, 3, 5), jnp.int32), "x has dtype int32, not a floating-point one"),
         (jnp.ones((2, 3, 5), jnp.uint8), "x has dtype uint8, not a floating-point one"),
         (jnp.ones((2, 3, 5), bool), "x has dtype bool, not a floating-point one"),
@@ -287,15 +286,10 @@ def test_a_cell_broadcasts_no_carry(cell, carry, x, message):
 @pytest.mark.parametrize("cell", [LSTMCell(4), GRUCell(4), RNNCell(4)])
 def test_a_cell_takes_one_example_without_a_batch(cell):
     x = jax.random.normal(KEY, (3, 10))
-    carry, variables = cell.init_with_output(KEY, cell.initialize_carry(None, x.shape), x)
+    (carry, _), variables = cell.init_with_output(KEY, cell.initialize_carry(None, x.shape), x)
     again = cell.apply(variables, carry, x)
     one = cell.apply(variables, jax.tree.map(lambda s: s[1], carry), x[1])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, atol=1e-6), again, one)
-
-
-def test_flaxs_rnn_says_what_to_use():
-    with pytest.raises(TypeError, match="returns its carry alone: use LSTMStack"):
-        nn.RNN(LSTMCell(8)).init(KEY, jnp.ones((2, 3, 5)))
 
 
 # Stacks in larger modules

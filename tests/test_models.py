@@ -21,10 +21,9 @@ def loop_over_cells(params, x, carry, hidden_size):
     for t in range(x.shape[1]):
         step_input = x[:, t]
         for k, layer in enumerate(layers):
-            h_n[k], c_n[k] = LSTMCell(hidden_size).apply(
+            (h_n[k], c_n[k]), step_input = LSTMCell(hidden_size).apply(
                 {"params": params[layer]}, (h_n[k], c_n[k]), step_input
             )
-            step_input = h_n[k]
         outputs.append(step_input)
     return jnp.stack(outputs, 1), (jnp.stack(h_n), jnp.stack(c_n))
 
@@ -58,7 +57,8 @@ def test_cell_follows_the_equations():
     cell = LSTMCell(hidden)
     x, h, c = normal(0, 4, features), normal(1, 4, hidden), normal(2, 4, hidden)
     params = cell.init(jax.random.key(3), (h, c), x)["params"]
-    new_h, new_c = cell.apply({"params": params}, (h, c), x)
+    (new_h, new_c), shown = cell.apply({"params": params}, (h, c), x)
+    np.testing.assert_array_equal(shown, new_h)
 
     def sigmoid(z):
         return 1 / (1 + np.exp(-z))

@@ -4,6 +4,7 @@ import importlib.util
 import warnings
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,51 +77,111 @@ def test_any_combination_equals_torch(case, seed, dtype):
     check(case, arrays, dtype)
 
 
-def loop_over_one_sequence(case, params, x, carries):
+def with_options(case):
+    """A case with more options, none of which PyTorch has."""
+    more = {
+        "activation": st.sampled_from([None, nn.relu]),
+        "peephole": st.booleans(),
+        "reset_after": st.booleans(),
+        "direction": st.sampled_from(["forward", "reverse", "both"]),
+        "batch_axes": st.integers(0, 2),
+        "mask": st.booleans(),
+        "resets": st.booleans(),
+        "hold_outputs": st.booleans(),
+        "time_major": st.booleans(),
+        "implementation": st.sampled_from(["scan", "auto", "native"]),
+    }
+    return st.fixed_dictionaries(more).map(
+        lambda drawn: (
+            case
+            | drawn
+            | {
+                "bidirectional": drawn["direction"] == "both",
+                "reverse": drawn["direction"] == "reverse",
+            }
+        )
+    )
+
+
+def loop_over_one_sequence(case, params, x, counts, resets, carries):
     """One sequence [time, features] as plain Python loops over the cell; a carry a cell."""
     cell, final = make_cell(case), []
     for layer in range(case["num_layers"]):
         sides = []
-        for direction in ("", "_reverse")[: 1 + case["bidirectional"]]:
-            variables = {"params": params[f"l{layer}{direction}"]}
-            carry = jax.tree.map(lambda a: a[None], carries[len(final)])
-            outputs = []
-            for x_t in x[::-1] if direction else x:
-                carry = cell.apply(variables, carry, x_t[None])
-                outputs.append(cell.hidden(carry)[0])
-            sides.append(jnp.stack(outputs[::-1] if direction else outputs))
+        for side in ("", "_reverse")[: 1 + case["bidirectional"]]:
+            variables = {"params": params[f"l{layer}{side}"]}
+            is_reverse = case["reverse"] or side == "_reverse"
+            start = carry = jax.tree.map(lambda a: a[None], carries[len(final)])
+            shown, outputs = cell.hidden(carry)[0], []
+            for t in range(len(x))[:: -1 if is_reverse else 1]:
+                if counts[t]:
+                    if resets[t]:
+                        carry = jax.tree.map(jnp.zeros_like, start)
+                    carry, (shown,) = cell.apply(variables, carry, x[t][None])
+                is_shown = counts[t] or (case["hold_outputs"] and layer == case["num_layers"] - 1)
+                outputs.append(shown if is_shown else jnp.zeros_like(shown))
+            sides.append(jnp.stack(outputs[:: -1 if is_reverse else 1]))
             final.append(jax.tree.map(lambda a: a[0], carry))
         x = jnp.concatenate(sides, axis=-1)
     return x, final
 
 
 @pytest.mark.slow
-@given(case=cases(4, 6), seed=st.integers(0, 99), time_major=st.booleans())
-@settings(max_examples=5, deadline=None, derandomize=True)
-def test_any_combination_equals_a_loop_over_the_cell(case, seed, time_major):
-    """Each sequence by itself, cut to its length: no batch, no padding, no scan."""
+@pytest.mark.filterwarnings("ignore:implementation='native' scans")
+@given(case=cases(4, 6).flatmap(with_options), seed=st.integers(0, 99))
+@settings(max_examples=9, deadline=None, derandomize=True)
+def test_any_combination_equals_a_loop_over_the_cell(case, seed):
+    """Each sequence by itself, step by step: no batch, no padding, no scan."""
     case = DEFAULTS | case
     rng = np.random.default_rng(seed)
-    x = jnp.asarray(rng.normal(size=(case["batch"], case["time"], case["features"])), jnp.float32)
-    lengths = rng.integers(1, case["time"] + 1, case["batch"])
-    stack = make_stack(case, time_major=time_major)
-    seen = jnp.swapaxes(x, 0, 1) if time_major else x
-    (_, zeros), variables = stack.init_with_output(jax.random.key(seed), seen)
-    initial = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), zeros)
+    batch = ((), (case["batch"],), (2, case["batch"]))[case["batch_axes"]]
+    rows, time = int(np.prod(batch)), case["time"]
+    x = rng.normal(size=(rows, time, case["features"])).astype(np.float32)
+    lengths = rng.integers(0, time + 1, rows) if case["lengths"] else np.full(rows, time)
+    mask = rng.random((rows, time)) < (0.6 if case["mask"] else 2)
+    resets = rng.random((rows, time)) < (0.3 if case["resets"] else 0)
+    x[~mask] = np.nan  # reaches nothing
 
-    outputs, final = stack.apply(variables, seen, initial, seq_lengths=jnp.asarray(lengths))
-    outputs = jnp.swapaxes(outputs, 0, 1) if time_major else outputs
-    for b, length in enumerate(lengths):
+    def seen(array):
+        """As the stack is given it."""
+        array = array.reshape(*batch, *array.shape[1:])
+        return jnp.asarray(np.moveaxis(array, len(batch), 0) if case["time_major"] else array)
+
+    names = ("time_major", "hold_outputs", "implementation")
+    stack = make_stack(case, **{name: case[name] for name in names})
+    variables = stack.init(jax.random.key(seed), seen(x))
+    noise = iter(jax.random.split(jax.random.key(seed), 99))
+    variables = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(next(noise), a.shape), variables)
+    zeros = stack.initialize_carry(None, seen(x).shape)
+    initial = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), zeros)
+    outputs, final = stack.apply(
+        variables,
+        seen(x),
+        initial,
+        seq_lengths=jnp.asarray(lengths.reshape(batch)) if case["lengths"] else None,
+        mask=seen(mask) if case["mask"] else None,
+        resets=seen(resets) if case["resets"] else None,
+    )
+
+    outputs = np.moveaxis(outputs, 0, len(batch)) if case["time_major"] else np.asarray(outputs)
+    outputs = outputs.reshape(rows, time, -1)
+    initial, final = (
+        jax.tree.map(lambda a: np.reshape(a, (len(a), rows, a.shape[-1])), carry)
+        for carry in (initial, final)
+    )
+    counts = mask & (np.arange(time) < lengths[:, None])
+    for b in range(rows):
         carries = [
-            jax.tree.map(lambda a, k=k, b=b: a[k, b], initial)
-            for k in range(jax.tree.leaves(initial)[0].shape[0])
+            jax.tree.map(lambda a, k=k, b=b: jnp.asarray(a[k, b]), initial)
+            for k in range(len(jax.tree.leaves(initial)[0]))
         ]
-        expected, last = loop_over_one_sequence(case, variables["params"], x[b, :length], carries)
-        np.testing.assert_allclose(outputs[b, :length], expected, atol=1e-5)
-        assert (outputs[b, length:] == 0).all()
+        expected, last = loop_over_one_sequence(
+            case, variables["params"], x[b], counts[b], resets[b], carries
+        )
+        np.testing.assert_allclose(outputs[b], expected, atol=2e-5)
         for k, carry in enumerate(last):
             for state, want in zip(jax.tree.leaves(final), jax.tree.leaves(carry), strict=True):
-                np.testing.assert_allclose(state[k, b], want, atol=1e-5)
+                np.testing.assert_allclose(state[k, b], want, atol=2e-5)
 
 
 @needs_torch

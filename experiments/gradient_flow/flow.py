@@ -158,7 +158,7 @@ def nudged_step(cell: RecurrentCell, params: Any, carry: Any, x: jax.Array, nudg
     What is added to `c_t` reaches `h_t = o_t ⊙ tanh(c_t)` too: the loss may read it there.
     """
     if not isinstance(cell, LSTMCell):
-        return cell.apply({"params": params}, carry, x) + nudge
+        return cell.apply({"params": params}, carry, x)[0] + nudge
     (_, c), kept = cell.apply({"params": params}, carry, x, mutable="gates")
     c = c + nudge[1]
     return kept["gates"]["output"] * jnp.tanh(c) + nudge[0], c

@@ -1,19 +1,23 @@
 """The recurrent layers, the classifier on top of them, and PyTorch's weights."""
 
+from lstm_flax.models.cell_stack import CellStack
 from lstm_flax.models.classifier import LSTMClassifier, SequenceClassifier
-from lstm_flax.models.gru import GRUCell, GRUStack
-from lstm_flax.models.lstm import LSTMCell, LSTMStack, chrono_init
+from lstm_flax.models.gru import GRUCell, GRUStack, ResetBeforeGRUCell
+from lstm_flax.models.lstm import LSTMCell, LSTMStack, PeepholeLSTMCell, chrono_init
 from lstm_flax.models.rnn import RNNCell, RNNStack
 from lstm_flax.models.torch_weights import from_torch, to_torch
 
 __all__ = [
+    "CellStack",
     "GRUCell",
     "GRUStack",
     "LSTMCell",
     "LSTMClassifier",
     "LSTMStack",
+    "PeepholeLSTMCell",
     "RNNCell",
     "RNNStack",
+    "ResetBeforeGRUCell",
     "SequenceClassifier",
     "chrono_init",
     "from_torch",

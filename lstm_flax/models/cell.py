@@ -3,8 +3,10 @@
 Every cell has the same interface, so that a stack can scan over any of them:
 
     carry = cell.initialize_carry(key, x_t.shape)       zeros
-    carry = cell(carry, x_t, hidden_mask=None)          one step
-    h_t = cell.hidden(carry)                            what the layer above sees
+    carry, h_t = cell(carry, x_t, hidden_mask=None)     one step; h_t: what the layer above sees
+    h_t = cell.hidden(carry)                            the same
+
+The first two are the interface of flax's cells, so that `flax.linen.RNN` runs those here too.
 
 A cell has two parts: `declare` makes its parameters, and `step`, a pure function, takes them, a
 carry and an input to the next carry. Directions, lengths, dropout between layers and zoneout are
@@ -16,6 +18,7 @@ With `layer_norm`, each of the two products is normalised over all gates at once
 scale, before the bias is added (Ba, Kiros and Hinton, "Layer Normalization", 2016, section 3.1).
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -24,10 +27,12 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from lstm_flax.arguments import as_floats, check_floating, check_integer
+from lstm_flax.arguments import as_floats, check, check_floating, check_integer
 
 Weights = dict[str, Any]
 """A cell's parameters by name, and its normalisations as functions."""
+
+Activation = Callable[[jax.Array], jax.Array]
 
 _GLOROT = nn.initializers.glorot_uniform()
 _ORTHOGONAL = nn.initializers.orthogonal()
@@ -77,7 +82,7 @@ def in_float32(init: Initializer) -> Initializer:
     return rounded
 
 
-class RecurrentCell(nn.Module):
+class RecurrentCell(nn.RNNCellBase):
     """What all cells share: their attributes and their two products.
 
     Attributes:
@@ -91,6 +96,8 @@ class RecurrentCell(nn.Module):
             cell state never have less than float32.
         param_dtype: of the parameters.
         precision: of the products, as in `jax.lax.dot`.
+        activation: of what enters the state, and of the LSTM's `c` on its way to `h`; any function
+            of arrays, such as `flax.linen.relu`, that keeps shapes and dtypes.
     """
 
     hidden_size: int
@@ -102,6 +109,7 @@ class RecurrentCell(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     precision: Any = None
+    activation: Activation = jax.lax.tanh  # jnp's can't be pickled
 
     num_gates: ClassVar[int] = 1
 
@@ -118,6 +126,7 @@ class RecurrentCell(nn.Module):
         check_integer("hidden_size", self.hidden_size)
         check_floating("dtype", self.dtype)
         check_floating("param_dtype", self.param_dtype)
+        check_activation("activation", self.activation)
 
     @property
     def output_size(self) -> int:
@@ -136,16 +145,8 @@ class RecurrentCell(nn.Module):
 
     @property
     def num_feature_axes(self) -> int:
-        """What `flax.linen.RNN` asks a cell for.
-
-        Raises:
-            TypeError: always, since cells here return the carry alone.
-        """
-        name = type(self).__name__
-        raise TypeError(
-            f"flax.linen.RNN can't run {name}, which returns its carry alone: "
-            f"use {name.replace('Cell', 'Stack')}"
-        )
+        """How many axes of x are features, as `flax.linen.RNN` asks."""
+        return 1
 
     def initialize_carry(self, rng: Any, input_shape: tuple[int, ...]) -> Any:
         """The zero carry for inputs x of a shape, [batch, features] or [features].
@@ -171,10 +172,14 @@ class RecurrentCell(nn.Module):
         inits = {"ih": self.kernel_init, "hh": self.recurrent_init}
         for name, rows in sizes.items():
             shape = (rows, self.num_gates * self.hidden_size)
-            init = per_gate(inits[name], self.num_gates)
-            weights[f"kernel_{name}"] = self.declare_param(f"kernel_{name}", init, shape)
-            if self.layer_norm:
-                weights[f"norm_{name}"] = self.declare_norm(f"norm_{name}", use_bias=False)
+            weights |= self.declare_product(name, per_gate(inits[name], self.num_gates), shape)
+        return weights
+
+    def declare_product(self, name: str, init: Initializer, shape: tuple[int, ...]) -> Weights:
+        """Make one kernel, and the normalisation of its product."""
+        weights: Weights = {f"kernel_{name}": self.declare_param(f"kernel_{name}", init, shape)}
+        if self.layer_norm:
+            weights[f"norm_{name}"] = self.declare_norm(f"norm_{name}", use_bias=False)
         return weights
 
     def declare_bias(self, name: str, init: Initializer, gates: int = 0) -> Weights:
@@ -247,7 +252,9 @@ class RecurrentCell(nn.Module):
         """
         raise NotImplementedError
 
-    def __call__(self, carry: Any, x: jax.Array, hidden_mask: jax.Array | None = None) -> Any:
+    def __call__(
+        self, carry: Any, x: jax.Array, hidden_mask: jax.Array | None = None
+    ) -> tuple[Any, jax.Array]:
         """Advance one step.
 
         Args:
@@ -256,7 +263,8 @@ class RecurrentCell(nn.Module):
             hidden_mask: [batch, output_size], scales `h_{t-1}`; None: by one.
 
         Returns:
-            The next carry. The gates are kept in the collection "gates" if that is asked for.
+            The next carry, and `h` [batch, output_size] within it, as flax's cells return them. The
+            gates are kept in the collection "gates" if that is asked for.
 
         Raises:
             ValueError: x, a state of the carry or the mask is misshapen or not floating.
@@ -274,16 +282,21 @@ class RecurrentCell(nn.Module):
                 )
         carry, gates = self.step(self.weights(x.shape[-1]), carry, x, hidden_mask)
         self.show(gates, replace=not note(self, "_has_shown"))
-        return carry
+        return carry, self.hidden(carry)
 
     def products(
         self, weights: Weights, h: jax.Array, x: jax.Array, hidden_mask: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         """`(x W_ih, h W_hh)`, each [batch, num_gates * hidden_size], in `state_dtype`."""
-        h = h if hidden_mask is None else h * hidden_mask.astype(h.dtype)
-        return self._product("ih", weights, x), self._product("hh", weights, h)
+        h = self.masked(h, hidden_mask)
+        return self.product("ih", weights, x), self.product("hh", weights, h)
 
-    def _product(self, name: str, weights: Weights, operand: jax.Array) -> jax.Array:
+    def masked(self, h: jax.Array, hidden_mask: jax.Array | None) -> jax.Array:
+        """`h_{t-1}` as the gates see it."""
+        return h if hidden_mask is None else h * hidden_mask.astype(h.dtype)
+
+    def product(self, name: str, weights: Weights, operand: jax.Array) -> jax.Array:
+        """A product with one kernel, normalised if that is to be, in `state_dtype`."""
         product = self.dot(operand, weights[f"kernel_{name}"])
         return weights[f"norm_{name}"](product) if self.layer_norm else product
 
@@ -325,6 +338,15 @@ def _append(kept: Any, new: jax.Array) -> Any:
 
 def _replace(kept: Any, new: jax.Array) -> jax.Array:
     return new
+
+
+def check_activation(name: str, activation: Any) -> None:
+    """Check that this is a function.
+
+    Raises:
+        ValueError: it is not.
+    """
+    check(name, activation, "a function of an array", callable)
 
 
 def note(module: nn.Module, name: str) -> bool:

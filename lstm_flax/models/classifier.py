@@ -44,21 +44,28 @@ class SequenceClassifier(nn.Module):
         x: jax.Array,
         *,
         seq_lengths: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        resets: jax.Array | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
         """Classify sequences into logits [batch, num_classes].
 
         Args:
-            x: [batch, time, features], or time first if the core has it so, of one step at least.
+            x: [batch, time, features], or time first if the core has it so, of one step at least;
+                as for the core, there may be no batch axis, or several.
             seq_lengths: [batch], as for the core; each sequence ends at its own last valid step.
                 One of length 0 has the logits of a zero state.
+            mask: bool [batch, time], as for the core.
+            resets: bool [batch, time], as for the core; the logits are of the last piece.
             deterministic: switches dropout off.
 
         Raises:
             ValueError: as by the core, or x has no time steps.
         """
-        _, carry = self.core.run(x, seq_lengths=seq_lengths, deterministic=deterministic)
-        if jnp.shape(x)[0 if self.core.time_major else 1] == 0:
+        _, carry = self.core.run(
+            x, seq_lengths=seq_lengths, mask=mask, resets=resets, deterministic=deterministic
+        )
+        if jnp.shape(x)[0 if self.core.time_major else -2] == 0:
             raise ValueError(f"x has shape {jnp.shape(x)}: there are no time steps to classify")
         h_n = jax.tree.leaves(carry)[0]
         top = h_n[-2:] if self.core.bidirectional else h_n[-1:]

@@ -11,12 +11,16 @@ from jax.nn.initializers import Initializer
 
 from lstm_flax.arguments import check_integer, check_rate
 from lstm_flax.models import cudnn
-from lstm_flax.models.cell import RecurrentCell, Weights
+from lstm_flax.models.cell import Activation, RecurrentCell, Weights, check_activation
 from lstm_flax.models.lstm_layer import KERNELS, Operands, lstm_layer
+from lstm_flax.models.sequences import Axes
 from lstm_flax.models.stack import RecurrentStack
 
 LSTMCarry = tuple[jax.Array, jax.Array]
 """`(h, c)`."""
+
+# The activations that kernels have, by all their names.
+_TANHS, _SIGMOIDS = (jax.lax.tanh, jnp.tanh), (jax.lax.logistic, nn.sigmoid)
 
 
 def forget_gate_ones(key, shape, dtype=jnp.float32, out_sharding=None) -> jax.Array:
@@ -74,16 +78,19 @@ class LSTMCell(RecurrentCell):
         bias_init: as for every cell; by default the forget gate's bias starts at one, and
             `chrono_init` is for sequences of hundreds of steps.
         proj_size: features of `h`, less than `hidden_size`; 0 projects nothing.
+        recurrent_activation: of the gates, σ above; `activation` is tanh.
     """
 
     bias_init: Initializer = forget_gate_ones
     proj_size: int = 0
+    recurrent_activation: Activation = jax.lax.logistic
 
     num_gates: ClassVar[int] = 4
 
     def check_attributes(self) -> None:
         """Refuse values that attributes can't have."""
         super().check_attributes()
+        check_activation("recurrent_activation", self.recurrent_activation)
         check_integer("proj_size", self.proj_size, lowest=0, below=self.hidden_size)
 
     @property
@@ -121,13 +128,63 @@ class LSTMCell(RecurrentCell):
         h, c = carry
         from_x, from_h = self.products(weights, h, x, hidden_mask)
         i, f, g, o = jnp.split(self.add_bias(from_x + from_h, weights), 4, axis=-1)
-        i, f, g, o = nn.sigmoid(i), nn.sigmoid(f), jnp.tanh(g), nn.sigmoid(o)
+        i, f, o = (self.recurrent_activation(gate) for gate in (i, f, o))
+        g = self.activation(g)
         c = f * c + i * g
+        h = self.show_cell(weights, c, o)
+        return (h, c), {"input": i, "forget": f, "candidate": g, "output": o, "cell": c}
+
+    def show_cell(self, weights: Weights, c: jax.Array, o: jax.Array) -> jax.Array:
+        """`h_t`, what the output gate shows of `c_t`."""
         shown = weights["norm_c"](c) if self.layer_norm else c
-        h = (o * jnp.tanh(shown)).astype(self.compute_dtype)
+        h = (o * self.activation(shown)).astype(self.compute_dtype)
         if self.proj_size:
             h = self.dot(h, weights["kernel_hr"]).astype(self.compute_dtype)
+        return h
+
+
+class PeepholeLSTMCell(LSTMCell):
+    """One step of an LSTM layer whose gates see the cell state (Gers and Schmidhuber 2000).
+
+        i, f, g, o = split(x_t W_ih + h_{t-1} W_hh + b)
+        c_t = σ(f + p_f ⊙ c_{t-1}) ⊙ c_{t-1} + σ(i + p_i ⊙ c_{t-1}) ⊙ tanh(g)
+        h_t = σ(o + p_o ⊙ c_t) ⊙ tanh(c_t)
+
+    The three vectors are the parameters `peephole_i`, `peephole_f` and `peephole_o`, each
+    [hidden_size], zero at first. ONNX's `P` [3 * hidden_size] has them in the order i, o, f.
+    All else is as in `LSTMCell`.
+    """
+
+    def declare(self, features: int) -> Weights:
+        """Make the parameters for x of so many features."""
+        names = ("peephole_i", "peephole_f", "peephole_o")
+        shape = (self.hidden_size,)
+        zeros = nn.initializers.zeros
+        peepholes = {name: self.declare_param(name, zeros, shape) for name in names}
+        return super().declare(features) | peepholes
+
+    def step(
+        self,
+        weights: Weights,
+        carry: LSTMCarry,
+        x: jax.Array,
+        hidden_mask: jax.Array | None = None,
+    ) -> tuple[LSTMCarry, dict[str, jax.Array]]:
+        """Advance one step, see `RecurrentCell.step`."""
+        h, c = carry
+        from_x, from_h = self.products(weights, h, x, hidden_mask)
+        i, f, g, o = jnp.split(self.add_bias(from_x + from_h, weights), 4, axis=-1)
+        i = self.recurrent_activation(i + self.peep(weights, "peephole_i", c))
+        f = self.recurrent_activation(f + self.peep(weights, "peephole_f", c))
+        g = self.activation(g)
+        c = f * c + i * g
+        o = self.recurrent_activation(o + self.peep(weights, "peephole_o", c))
+        h = self.show_cell(weights, c, o)
         return (h, c), {"input": i, "forget": f, "candidate": g, "output": o, "cell": c}
+
+    def peep(self, weights: Weights, name: str, c: jax.Array) -> jax.Array:
+        """What a gate sees of a cell state [batch, hidden_size]."""
+        return jnp.broadcast_to(weights[name], c.shape) * c
 
 
 class LSTMStack(RecurrentStack):
@@ -171,9 +228,16 @@ class LSTMStack(RecurrentStack):
         zoneout_cell: the same for `c`.
         layer_norm: the LayerNorm LSTM, see `lstm_flax.models.cell`.
         proj_size: features that `h` is projected to, less than `hidden_size`; 0 projects nothing.
-        time_major: time is the first axis of x and of the outputs.
+        peephole: let the gates see the cell state, see `PeepholeLSTMCell`.
+        time_major: time is the first axis of x, of the outputs, and of masks.
+        reverse: run each layer from each sequence's end to its start. Outputs stay in the order of
+            x; Keras's `go_backwards` returns them in the reverse order.
+        hold_outputs: where steps do not count, by `seq_lengths` or `mask`, the outputs of a
+            direction are its latest one before, and `h_0` before its first; otherwise zero. Keras
+            has this as `zero_output_for_mask=False`.
         return_carry: return `(outputs, carry)`; otherwise the outputs alone.
-        kernel_init, recurrent_init, bias_init, dtype, param_dtype, precision: the cell's.
+        kernel_init, recurrent_init, bias_init, dtype, param_dtype, precision, activation,
+            recurrent_activation: the cell's.
         implementation: "scan" is the plain `nn.scan` of cells, which the others are equal to;
             "native" is the kernel in `lstm_flax.models.native`, for one CPU, in float32, and in
             bfloat16 where the CPU multiplies that; "pallas" is the one in
@@ -191,6 +255,8 @@ class LSTMStack(RecurrentStack):
     bias_init: Initializer = forget_gate_ones
     zoneout_cell: float = 0.0
     proj_size: int = 0
+    recurrent_activation: Activation = jax.lax.logistic
+    peephole: bool = False
 
     def check_attributes(self) -> None:
         """Refuse values that attributes can't have."""
@@ -199,7 +265,13 @@ class LSTMStack(RecurrentStack):
 
     def make_cell(self, name: str | None) -> LSTMCell:
         """Make the cell of one layer and direction."""
-        return LSTMCell(self.hidden_size, proj_size=self.proj_size, **self.cell_options(name))
+        kind = PeepholeLSTMCell if self.peephole else LSTMCell
+        return kind(
+            self.hidden_size,
+            proj_size=self.proj_size,
+            recurrent_activation=self.recurrent_activation,
+            **self.cell_options(name),
+        )
 
     def zoneout_rates(self) -> tuple[float, float]:
         """The rates for `(h, c)`."""
@@ -216,6 +288,9 @@ class LSTMStack(RecurrentStack):
         reasons = {
             "layer_norm": self.layer_norm,
             "proj_size": self.proj_size,
+            "peephole": self.peephole,
+            "another activation": self.activation not in _TANHS,
+            "another recurrent_activation": self.recurrent_activation not in _SIGMOIDS,
             "zoneout": self.zoneout or self.zoneout_cell,
             "recurrent_dropout": self.recurrent_dropout and not deterministic,
             f"products in {dtype.name}": dtype.name not in ("float32", "bfloat16"),
@@ -234,7 +309,8 @@ class LSTMStack(RecurrentStack):
             return cudnn.why_not(self.make_cell(None).compute_dtype)
         if platform not in KERNELS:
             return f"there is none for {platform}"
-        batch, time, features = x.swapaxes(0, 1).shape if self.time_major else x.shape
+        axes = Axes.of(x.shape, self.time_major)
+        batch, time, features = axes.rows, axes.time, x.shape[-1]
         deeper = [self.hidden_size * (1 + self.bidirectional)] if self.num_layers > 1 else []
         for size in (features, *deeper):
             sample = jax.ShapeDtypeStruct((batch, time, size), x.dtype)

@@ -4,13 +4,12 @@ from typing import Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from lstm_flax.arguments import check_choice
 from lstm_flax.models.cell import RecurrentCell, Weights
 from lstm_flax.models.stack import RecurrentStack
 
-_NONLINEARITIES = {"tanh": jnp.tanh, "relu": nn.relu}
+_NONLINEARITIES = ("tanh", "relu")
 
 
 class RNNCell(RecurrentCell):
@@ -21,7 +20,8 @@ class RNNCell(RecurrentCell):
     The carry is `h`, [batch, hidden_size]. Shows: hidden.
 
     Attributes:
-        nonlinearity: "tanh" or "relu".
+        nonlinearity: "tanh" or "relu", as PyTorch names `activation`.
+        activation: instead of tanh, any other function.
     """
 
     nonlinearity: Literal["tanh", "relu"] = "tanh"
@@ -29,7 +29,9 @@ class RNNCell(RecurrentCell):
     def check_attributes(self) -> None:
         """Refuse values that attributes can't have."""
         super().check_attributes()
-        check_choice("nonlinearity", self.nonlinearity, tuple(_NONLINEARITIES))
+        check_choice("nonlinearity", self.nonlinearity, _NONLINEARITIES)
+        if self.nonlinearity == "relu" and self.activation is not jax.lax.tanh:
+            raise ValueError("nonlinearity='relu' and an activation are one thing: give only one")
 
     def step(
         self,
@@ -40,7 +42,7 @@ class RNNCell(RecurrentCell):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Advance one step, see `RecurrentCell.step`."""
         from_x, from_h = self.products(weights, carry, x, hidden_mask)
-        activation = _NONLINEARITIES[self.nonlinearity]
+        activation = nn.relu if self.nonlinearity == "relu" else self.activation
         h = activation(self.add_bias(from_x + from_h, weights)).astype(self.compute_dtype)
         return h, {"hidden": h}
 
@@ -57,7 +59,8 @@ class RNNStack(RecurrentStack):
         ((3, 7, 16), (2, 3, 16))
 
     Attributes:
-        nonlinearity: "tanh" or "relu".
+        nonlinearity: "tanh" or "relu", as PyTorch names `activation`.
+        activation: instead of tanh, any other function.
     """
 
     nonlinearity: Literal["tanh", "relu"] = "tanh"

@@ -14,18 +14,18 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.nn.initializers import Initializer
 
-from lstm_flax.arguments import (
-    as_array,
-    as_floats,
-    check_choice,
-    check_integer,
-    check_rate,
+from lstm_flax.arguments import as_floats, check_choice, check_integer, check_rate
+from lstm_flax.models.cell import (
+    Activation,
+    RecurrentCell,
+    check_carry,
+    glorot_uniform,
+    orthogonal,
 )
-from lstm_flax.models.cell import RecurrentCell, check_carry, glorot_uniform, note, orthogonal
-from lstm_flax.models.lstm_layer import is_valid_step
+from lstm_flax.models.sequences import Axes, Sequences, check_flags, check_lengths, flip
+from lstm_flax.models.steps import is_asked_for_gates, scan_cells
 
 logger = logging.getLogger("lstm_flax")
 
@@ -34,45 +34,6 @@ PLATFORMS = {"native": "cpu", "pallas": "tpu"}  # that their kernels are for
 
 Carry = Any
 """`h`, or for the LSTM `(h, c)`; in a stack each has a leading axis of layers x directions."""
-
-
-class _Step(nn.Module):
-    """One time step of some layers, each of which reads the output of the one below it."""
-
-    cells: tuple[RecurrentCell, ...]
-    zoneout: Carry  # rates, shaped as a cell's carry
-    deterministic: bool
-    with_gates: bool
-
-    @nn.compact
-    def __call__(
-        self,
-        carries: tuple[Carry, ...],
-        x: jax.Array,
-        is_valid: jax.Array | None,
-        hidden_masks: tuple[jax.Array | None, ...],
-    ) -> tuple[tuple[Carry, ...], tuple[jax.Array, tuple[dict[str, jax.Array], ...]]]:
-        advanced, shown = [], []
-        for cell, carry, mask in zip(self.cells, carries, hidden_masks, strict=True):
-            new, gates = cell.step(cell.weights(x.shape[-1]), carry, x, mask)
-            new = jax.tree.map(self._zone_out, self.zoneout, carry, new)
-            if is_valid is not None:
-                new = jax.tree.map(lambda n, o: jnp.where(is_valid[:, None], n, o), new, carry)
-            advanced.append(new)
-            shown.append(gates if self.with_gates else {})
-            x = cell.hidden(new)
-        if is_valid is not None:
-            x = jnp.where(is_valid[:, None], x, jnp.zeros_like(x))
-        return tuple(advanced), (x, tuple(shown))
-
-    def _zone_out(self, rate: float, old: jax.Array, new: jax.Array) -> jax.Array:
-        """Keep units as they were: at random in training, in the mean otherwise."""
-        if rate == 0:
-            return new
-        if self.deterministic:
-            return rate * old + (1 - rate) * new
-        kept = jax.random.bernoulli(self.make_rng("dropout"), rate, new.shape)
-        return jnp.where(kept, old, new)
 
 
 class RecurrentStack(nn.Module):
@@ -95,6 +56,9 @@ class RecurrentStack(nn.Module):
     precision: Any = None
     implementation: Literal["auto", "scan", "native", "pallas", "cudnn"] = "auto"
     return_carry: bool = True
+    reverse: bool = False
+    hold_outputs: bool = False
+    activation: Activation = jax.lax.tanh
 
     def __post_init__(self) -> None:
         self.check_attributes()
@@ -120,6 +84,8 @@ class RecurrentStack(nn.Module):
         check_rate("recurrent_dropout", self.recurrent_dropout)
         check_rate("zoneout", self.zoneout, may_be_one=True)
         check_choice("implementation", self.implementation, IMPLEMENTATIONS)
+        if self.reverse and self.bidirectional:
+            raise ValueError("reverse is for one direction: bidirectional has both already")
 
     def make_cell(self, name: str | None) -> RecurrentCell:
         """Make the cell of one layer and direction; without a name one by itself."""
@@ -133,7 +99,7 @@ class RecurrentStack(nn.Module):
         """The attributes that every cell has, as the stack's own say."""
         names = (
             "use_bias", "layer_norm", "kernel_init", "recurrent_init", "bias_init", "dtype",
-            "param_dtype", "precision",
+            "param_dtype", "precision", "activation",
         )  # fmt: skip
         place = {"parent": None} if cell_name is None else {"name": cell_name}
         return {name: getattr(self, name) for name in names} | place
@@ -151,12 +117,11 @@ class RecurrentStack(nn.Module):
 
         Args:
             rng: not used; it is there for the sake of flax's cells, whose carry may be random.
-            input_shape: of x, [batch, time, features], or [time, batch, features] with
-                `time_major`.
+            input_shape: of x, [..., time, features], or [time, ..., features] with `time_major`.
         """
-        batch = input_shape[1 - self._time_axis]
-        zeros = self.make_cell(None).initialize_carry(rng, (batch, input_shape[-1]))
-        return _join_layers([zeros] * (self.num_layers * self._num_directions))
+        batch = Axes.of(input_shape, self.time_major).batch
+        zeros = self.make_cell(None).initialize_carry(rng, (*batch, input_shape[-1]))
+        return _join_layers([zeros] * (self.num_layers * len(self._directions)))
 
     def __call__(
         self,
@@ -164,12 +129,16 @@ class RecurrentStack(nn.Module):
         initial_carry: Carry | None = None,
         *,
         seq_lengths: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        resets: jax.Array | None = None,
         deterministic: bool = True,
     ) -> Any:
         """Run whole sequences.
 
         Args:
             x: floating, [batch, time, features], or [time, batch, features] with `time_major`.
+                One sequence by itself has no batch axis, and there may be several of them; what is
+                called [batch] here has all of them or none.
                 Without any sequence the results are empty; without any step the outputs are, and
                 the carry is the initial one.
             initial_carry: `(h_0, c_0)`, or `h_0` where the cell has one state, each
@@ -179,6 +148,14 @@ class RecurrentStack(nn.Module):
                 gradient; the reverse direction starts at each sequence's own end. A sequence of
                 length 0 leaves its initial carry. Under a transformation, where lengths can't be
                 checked, one beyond time counts as time, and one below 0 as 0.
+            mask: bool, shaped as x without features: the steps that count, wherever they lie.
+                A sequence is run as if the others were not there, and those are to it what padding
+                is. With `seq_lengths` too, steps count that both count.
+            resets: bool, shaped as x without features: the carry is zero before such a step, as
+                with Haiku's `ResetCore`: to the forward direction it is the first one of an episode
+                that knows nothing of those before. To the reverse direction, which comes from
+                later steps, it is the last one. Those among steps that do not count do nothing. No
+                kernel has this: it scans.
             deterministic: switches dropout and zoneout's sampling off.
 
         Returns:
@@ -188,13 +165,19 @@ class RecurrentStack(nn.Module):
             at each sequence's last valid step. With `return_carry=False` the outputs alone.
 
         Raises:
-            ValueError: x, a state of `initial_carry` or `seq_lengths` is misshapen or of a wrong
-                dtype, a length is out of range, or there is a parameter that does not belong here.
+            ValueError: x, a state of `initial_carry`, `seq_lengths`, `mask` or `resets` is
+                misshapen or of a wrong dtype, a length is out of range, or there is a parameter
+                that does not belong here.
             flax.errors.ScopeParamShapeError: a parameter does not have the shape that x and the
                 attributes ask for.
         """
         outputs, carry = self.run(
-            x, initial_carry, seq_lengths=seq_lengths, deterministic=deterministic
+            x,
+            initial_carry,
+            seq_lengths=seq_lengths,
+            mask=mask,
+            resets=resets,
+            deterministic=deterministic,
         )
         return (outputs, carry) if self.return_carry else outputs
 
@@ -204,29 +187,30 @@ class RecurrentStack(nn.Module):
         initial_carry: Carry | None = None,
         *,
         seq_lengths: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        resets: jax.Array | None = None,
         deterministic: bool = True,
     ) -> tuple[jax.Array, Carry]:
         """Do what `__call__` does, and return `(outputs, carry)` also with `return_carry=False`."""
         x = as_floats("x", x)
-        if x.ndim != 3:
-            axes = "[time, batch, features]" if self.time_major else "[batch, time, features]"
-            raise ValueError(f"x has shape {x.shape}, not {axes}")
+        axes = Axes.of(x.shape, self.time_major)
         if initial_carry is not None:
             zeros = jax.eval_shape(lambda: self.initialize_carry(None, x.shape))
             initial_carry = check_carry("initial_carry", initial_carry, zeros, ("h_0", "c_0"))
-        if seq_lengths is not None:
-            batch, time = x.shape[1 - self._time_axis], x.shape[self._time_axis]
-            seq_lengths = _check_lengths(seq_lengths, batch, time)
-        how = self._choose(x, deterministic)
+        lengths = None if seq_lengths is None else check_lengths(seq_lengths, axes)
+        mask = None if mask is None else check_flags("mask", mask, axes)
+        resets = None if resets is None else check_flags("resets", resets, axes)
+        how = self._choose(x, deterministic, resets is not None)
+        given = x, initial_carry, lengths, mask, resets
         # A scan outside of `jax.jit` would compile anew at each call.
         is_eager = not isinstance(x, jax.core.Tracer) and deterministic
-        if is_eager and not (self.is_initializing() or self.is_asked_for_gates()):
-            return self._run_compiled(x, initial_carry, seq_lengths, how=how)
-        return self._run(x, initial_carry, seq_lengths, how, deterministic)
+        if is_eager and not (self.is_initializing() or is_asked_for_gates(self)):
+            return self._run_compiled(*given, how=how)
+        return self._run(*given, how, deterministic)
 
     @partial(nn.jit, static_argnames="how")
-    def _run_compiled(self, x, initial_carry, lengths, how):
-        return self._run(x, initial_carry, lengths, how, deterministic=True)
+    def _run_compiled(self, x, initial_carry, lengths, mask, resets, how):
+        return self._run(x, initial_carry, lengths, mask, resets, how, deterministic=True)
 
     @nn.compact
     def _run(
@@ -234,109 +218,111 @@ class RecurrentStack(nn.Module):
         x: jax.Array,
         initial_carry: Carry | None,
         lengths: jax.Array | None,
+        mask: jax.Array | None,
+        resets: jax.Array | None,
         how: str,
         deterministic: bool,
     ) -> tuple[jax.Array, Carry]:
-        x, is_valid = self._without_padding(x, lengths)
-        directions = ("", "_reverse") if self.bidirectional else ("",)
-        names = [f"l{k}{direction}" for k in range(self.num_layers) for direction in directions]
-        self._refuse_other_layers(names)
+        axes = Axes.of(x.shape, self.time_major)
+        sequences = Sequences.of(axes, lengths, mask, resets)
+        names = [f"l{k}{side}" for k in range(self.num_layers) for side in self._directions]
+        refuse_other_layers(self, names)
         cells = [self.make_cell(name) for name in names]
+        x = sequences.to_rows(x)
         if initial_carry is None:
             carries = [self._zero_carry(cell, x) for cell in cells]
         else:
-            carries = [jax.tree.map(lambda s, k=k: s[k], initial_carry) for k in range(len(cells))]
+            states = axes.fold_states(initial_carry)
+            carries = [jax.tree.map(lambda s, k=k: s[k], states) for k in range(len(cells))]
+        outputs, final = self._run_rows(cells, carries, x, sequences, how, deterministic)
+        top = carries[-len(self._directions) :] if self.hold_outputs else []
+        before = [cells[-1].hidden(carry) for carry in top]
+        outputs = sequences.to_caller(outputs, before, self.reverse)
+        return outputs, axes.unfold_states(_join_layers(final))
 
+    def _run_rows(
+        self,
+        cells: Sequence[RecurrentCell],
+        carries: Sequence[Carry],
+        x: jax.Array,
+        sequences: Sequences,
+        how: str,
+        deterministic: bool,
+    ) -> tuple[jax.Array, Sequence[Carry]]:
+        """Run all layers over x [rows, time, features], the cells being in the order of carries."""
         drops = self.dropout > 0 and not deterministic
         if how == "cudnn":
-            return self._run_cudnn(cells, carries, x, lengths, layers_at_once=1 if drops else None)
+            at_once = 1 if drops else self.num_layers
+            return self._run_cudnn(cells, carries, x, sequences.lengths, at_once)
         if not (self.bidirectional or how == "layer" or drops):
             # All layers advance together, in one scan.
-            final, x = self._scan(cells, carries, x, is_valid, deterministic)
-            return x, _join_layers(final)
+            final, x = self._scan(cells, carries, x, sequences, deterministic, self.reverse)
+            return x, final
 
         final = ()
         for k in range(self.num_layers):
             if k > 0:
-                x = nn.Dropout(self.dropout, deterministic=deterministic)(x)
+                x = self._drop(x, deterministic)
             outputs = []
-            for d in range(len(directions)):
-                cell, carry = cells[len(directions) * k + d], carries[len(directions) * k + d]
+            for d in range(len(self._directions)):
+                n = len(self._directions) * k + d
+                reverse = self.reverse or d == 1
                 if how == "layer":
-                    last, output = self._run_layer(cell, carry, x, lengths, reverse=d == 1)
+                    lengths = _all_lengths(sequences.lengths, x)
+                    last, output = self.run_layer(cells[n], carries[n], x, lengths, reverse)
+                    final += (last,)
                 else:
                     last, output = self._scan(
-                        [cell], [carry], x, is_valid, deterministic, reverse=d == 1
+                        [cells[n]], [carries[n]], x, sequences, deterministic, reverse
                     )
-                final += tuple(last)
+                    final += last
                 outputs.append(output)
             x = jnp.concatenate(outputs, axis=-1) if self.bidirectional else outputs[0]
-        return x, _join_layers(final)
+        return x, final
 
     def is_asked_for_gates(self) -> bool:
         """Whether this call is to keep the gates: `apply(..., mutable="gates")`."""
-        is_bound = self.scope is not None and not self.is_initializing()
-        return is_bound and self.is_mutable_collection("gates")
+        return is_asked_for_gates(self)
 
     @property
-    def _time_axis(self) -> int:
-        return 0 if self.time_major else 1
+    def _directions(self) -> tuple[str, ...]:
+        """What the names of their parameters end with."""
+        return ("", "_reverse") if self.bidirectional else ("",)
 
-    @property
-    def _num_directions(self) -> int:
-        return 2 if self.bidirectional else 1
-
-    def _refuse_other_layers(self, names: Sequence[str]) -> None:
-        given = self.variables.get("params", {})
-        others = [n for n in given if re.fullmatch(r"l\d+(_reverse)?", n) and n not in names]
-        if others:
-            raise ValueError(
-                f"params has {'/'.join((*self.path, others[0]))}, which this {type(self).__name__} "
-                f"does not have; it has {', '.join(names)}"
-            )
+    def _drop(self, x: jax.Array, deterministic: bool) -> jax.Array:
+        """Dropout between layers; its masks lie over x as the caller has it."""
+        drop = nn.Dropout(self.dropout, deterministic=deterministic)
+        return drop(x.swapaxes(0, 1)).swapaxes(0, 1) if self.time_major else drop(x)
 
     def _zero_carry(self, cell: RecurrentCell, x: jax.Array) -> Carry:
         """A cell's zero carry, on the devices and mesh axes that x is on."""
-        zeros = jnp.zeros_like(x).sum((self._time_axis, 2))[:, None]
+        zeros = jnp.zeros_like(x).sum((1, 2))[:, None]
         like = jax.eval_shape(lambda: cell.initialize_carry(None, (zeros.shape[0], x.shape[-1])))
         return jax.tree.map(lambda s: jnp.broadcast_to(zeros, s.shape).astype(s.dtype), like)
-
-    def _without_padding(
-        self, x: jax.Array, lengths: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """`(x, is_valid)`: zeros for padding, and bool [batch, time] or [time, batch] as x is."""
-        if lengths is None:
-            return x, None
-        is_valid = is_valid_step(lengths, x.shape[self._time_axis])
-        is_valid = is_valid.T if self.time_major else is_valid
-        # Not even a NaN in the padding may come back as 0 x NaN in a gradient.
-        return jnp.where(is_valid[:, :, None], x, jnp.zeros_like(x)), is_valid
 
     def _scan(
         self,
         cells: Sequence[RecurrentCell],
         carries: Sequence[Carry],
         x: jax.Array,
-        is_valid: jax.Array | None,
+        sequences: Sequences,
         deterministic: bool,
-        reverse: bool = False,
+        reverse: bool,
     ) -> tuple[tuple[Carry, ...], jax.Array]:
         """Run cells over time, each on the output of the one before it."""
-        axis = self._time_axis
-        step = nn.scan(
-            _Step,
-            variable_broadcast="params",
-            split_rngs={"params": False, "dropout": True},
-            in_axes=(axis, axis, nn.broadcast),
-            out_axes=axis,
+        has_resets = sequences.resets is not None
+        return scan_cells(
+            self,
+            cells,
+            carries,
+            x,
+            sequences,
+            starts=jax.tree.map(jnp.zeros_like, tuple(carries)) if has_resets else (),
+            hidden_masks=[self._hidden_mask(cell, x.shape[0], deterministic) for cell in cells],
+            zoneout=self.zoneout_rates(),
+            deterministic=deterministic,
             reverse=reverse,
-        )(tuple(cells), self.zoneout_rates(), deterministic, self.is_asked_for_gates())
-        batch = x.shape[1 - axis]
-        masks = tuple(self._hidden_mask(cell, batch, deterministic) for cell in cells)
-        final, (outputs, shown) = step(tuple(carries), x, is_valid, masks)
-        for cell, gates in zip(cells, shown, strict=True):
-            cell.show(gates, replace=not note(self, f"_has_shown_{cell.name}"))
-        return final, outputs
+        )
 
     def why_not_native(self, x: jax.Array, deterministic: bool = True) -> str | None:
         """Say in a few words why no kernel of this machine runs in `__call__`; None: one does.
@@ -375,40 +361,25 @@ class RecurrentStack(nn.Module):
         carries: Sequence[Carry],
         x: jax.Array,
         lengths: jax.Array | None,
-        layers_at_once: int | None,
-    ) -> tuple[jax.Array, Carry]:
-        x = x.swapaxes(0, 1) if self.time_major else x
-        if lengths is None:
-            lengths = jnp.full(len(x), x.shape[1], jnp.int32)
-        at_once = self._num_directions * (layers_at_once or self.num_layers)
+        layers_at_once: int,
+    ) -> tuple[jax.Array, tuple[Carry, ...]]:
+        lengths = _all_lengths(lengths, x)
+        at_once = len(self._directions) * layers_at_once
+        x = flip(x, lengths) if self.reverse else x
         final: tuple[Carry, ...] = ()
         for k in range(0, len(cells), at_once):
             if k > 0:
-                x = nn.Dropout(self.dropout, deterministic=False)(x)
+                x = self._drop(x, deterministic=False)
             last, x = self.run_cudnn(cells[k : k + at_once], carries[k : k + at_once], x, lengths)
             final += last
-        return x.swapaxes(0, 1) if self.time_major else x, _join_layers(final)
+        return flip(x, lengths) if self.reverse else x, final
 
-    def _run_layer(
-        self,
-        cell: RecurrentCell,
-        carry: Carry,
-        x: jax.Array,
-        lengths: jax.Array | None,
-        reverse: bool,
-    ) -> tuple[tuple[Carry], jax.Array]:
-        x = x.swapaxes(0, 1) if self.time_major else x
-        if lengths is None:
-            lengths = jnp.full(len(x), x.shape[1], jnp.int32)
-        final, outputs = self.run_layer(cell, carry, x, lengths, reverse)
-        return (final,), outputs.swapaxes(0, 1) if self.time_major else outputs
-
-    def _choose(self, x: jax.Array, deterministic: bool) -> str:
+    def _choose(self, x: jax.Array, deterministic: bool, has_resets: bool) -> str:
         """How layers run: "scan", or one operation for a "layer", or for several by "cudnn"."""
         asked = self.implementation
         if asked == "scan" or self.is_initializing():
             return "scan"
-        reason = self.why_not_layer(x, deterministic)
+        reason = "resets" if has_resets else self.why_not_layer(x, deterministic)
         if asked == "auto":
             if reason:
                 logger.info("implementation='auto' scans: %s", reason)
@@ -439,19 +410,23 @@ def _platform() -> str:
     return "cuda" if backend == "gpu" else backend
 
 
-def _check_lengths(seq_lengths: Any, batch: int, time: int) -> jax.Array:
-    """Lengths as int32 [batch], from 0 to time; only those that are known can be refused."""
-    lengths = as_array("seq_lengths", seq_lengths)
-    if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+def refuse_other_layers(module: nn.Module, names: Sequence[str]) -> None:
+    """Refuse parameters of layers that a stack does not have.
+
+    Raises:
+        ValueError: there are some.
+    """
+    given = module.variables.get("params", {})
+    others = [n for n in given if re.fullmatch(r"l\d+(_reverse)?", n) and n not in names]
+    if others:
         raise ValueError(
-            f"seq_lengths has shape {lengths.shape} and dtype {lengths.dtype}, "
-            f"not ({batch},) and integers"
+            f"params has {'/'.join((*module.path, others[0]))}, which this {type(module).__name__} "
+            f"does not have; it has {', '.join(names)}"
         )
-    if not isinstance(lengths, jax.core.Tracer):
-        wrong = np.asarray(lengths)[(np.asarray(lengths) < 0) | (np.asarray(lengths) > time)]
-        if wrong.size:
-            raise ValueError(f"seq_lengths must lie in 0..{time}, but has {wrong.tolist()}")
-    return jnp.clip(lengths, 0, time).astype(jnp.int32)
+
+
+def _all_lengths(lengths: jax.Array | None, x: jax.Array) -> jax.Array:
+    return jnp.full(len(x), x.shape[1], jnp.int32) if lengths is None else lengths
 
 
 def _join_layers(carries: Sequence[Carry]) -> Carry:

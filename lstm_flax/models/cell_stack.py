@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lstm_flax.arguments import as_floats, check_rate
 from lstm_flax.models.cell import RecurrentCell, check_carry
-from lstm_flax.models.sequences import Axes, Sequences, check_flags, check_lengths
+from lstm_flax.models.forms import Axes, Sequences, check_flags, check_lengths
 from lstm_flax.models.stack import refuse_other_layers
 from lstm_flax.models.steps import is_asked_for_gates, scan_cells
 
@@ -149,7 +149,8 @@ class CellStack(nn.Module):
         # On the devices and mesh axes that x is on.
         starts = jax.tree.map(lambda s: s + _zeros_of(x, s), starts)
         given = axes.fold_states(initial_carry, layers=0) if initial_carry is not None else starts
-        sides, final = len(self._directions), ()
+        sides = len(self._directions)
+        final: tuple[Any, ...] = ()
         for k, layer in enumerate(self.cells):
             if k > 0:
                 x = nn.Dropout(self.dropout, deterministic=deterministic)(x)
@@ -169,8 +170,7 @@ class CellStack(nn.Module):
                 outputs.append(output)
             x = jnp.concatenate(outputs, axis=-1)
         before = [jnp.zeros_like(output[:, 0]) for output in outputs] if self.hold_outputs else []
-        outputs = sequences.to_caller(x, before, self.reverse)
-        return outputs, axes.unfold_states(final, layers=0)
+        return sequences.to_caller(x, before, self.reverse), axes.unfold_states(final, layers=0)
 
     def _axes(self, shape: Sequence[int]) -> Axes:
         return Axes.of(shape, self.time_major, self.cells[0].num_feature_axes)

@@ -12,8 +12,8 @@ from jax.nn.initializers import Initializer
 from lstm_flax.arguments import check_integer, check_rate
 from lstm_flax.models import cudnn
 from lstm_flax.models.cell import Activation, RecurrentCell, Weights, check_activation
+from lstm_flax.models.forms import Axes
 from lstm_flax.models.lstm_layer import KERNELS, Operands, lstm_layer
-from lstm_flax.models.sequences import Axes
 from lstm_flax.models.stack import RecurrentStack
 
 LSTMCarry = tuple[jax.Array, jax.Array]
@@ -285,6 +285,7 @@ class LSTMStack(RecurrentStack):
             deterministic: the same.
         """
         dtype = self.make_cell(None).compute_dtype
+        time = Axes.of(x.shape, self.time_major).time
         reasons = {
             "layer_norm": self.layer_norm,
             "proj_size": self.proj_size,
@@ -298,7 +299,8 @@ class LSTMStack(RecurrentStack):
             "a symbolic shape": not all(isinstance(size, int) for size in x.shape),
             "nothing to compute": 0 in x.shape,
             # Neither a layer's loop nor what it keeps for its gradients is worth it.
-            "a single step": self.implementation == "auto" and x.shape[self._time_axis] == 1,
+            "a single step": self.implementation == "auto"
+            and Axes.of(x.shape, self.time_major).time == 1,
             "several devices": jax.device_count() > 1 and not _is_one_devices_share(),
         }
         return next((reason for reason, applies in reasons.items() if applies), None)

@@ -24,7 +24,7 @@ from lstm_flax.models.cell import (
     glorot_uniform,
     orthogonal,
 )
-from lstm_flax.models.sequences import Axes, Sequences, check_flags, check_lengths, flip
+from lstm_flax.models.forms import Axes, Sequences, check_flags, check_lengths, flip
 from lstm_flax.models.steps import is_asked_for_gates, scan_cells
 
 logger = logging.getLogger("lstm_flax")

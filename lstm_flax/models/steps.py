@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lstm_flax.models.cell import RecurrentCell, note
-from lstm_flax.models.sequences import Sequences, where
+from lstm_flax.models.forms import Sequences, where
 
 Carry = Any
 """Of a cell of ours `h`, or for the LSTM `(h, c)`; of another whatever it has."""

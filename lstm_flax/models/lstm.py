@@ -299,8 +299,7 @@ class LSTMStack(RecurrentStack):
             "a symbolic shape": not all(isinstance(size, int) for size in x.shape),
             "nothing to compute": 0 in x.shape,
             # Neither a layer's loop nor what it keeps for its gradients is worth it.
-            "a single step": self.implementation == "auto"
-            and Axes.of(x.shape, self.time_major).time == 1,
+            "a single step": self.implementation == "auto" and time == 1,
             "several devices": jax.device_count() > 1 and not _is_one_devices_share(),
         }
         return next((reason for reason, applies in reasons.items() if applies), None)

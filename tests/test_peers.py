@@ -222,7 +222,7 @@ def keras(monkeypatch):
 
 
 def params_from_keras(weights, reset_after=True):
-    kernel, recurrent, *bias = (np.asarray(w) for w in weights)
+    kernel, recurrent, *bias = (np.asarray(w.value) for w in weights)
     gates = kernel.shape[1] // recurrent.shape[0]
     order = {4: (0, 1, 2, 3), 3: (1, 0, 2), 1: (0,)}[gates]
     size = len(recurrent)
@@ -269,7 +269,7 @@ def test_keras_layers(keras, kind, options):
         outputs, *final = layer(
             x, initial_state=start, mask=None if mask is None else jnp.array(mask)
         )
-        params = params_from_keras(layer.get_weights(), options.get("reset_after", True))
+        params = params_from_keras(layer.weights, options.get("reset_after", True))
         given = jax.tree.map(lambda s: s[None], tuple(start) if states == 2 else start[0])
         found, carry = module.apply({"params": {"l0": params}}, x, given, mask=mask)
         close(found[:, ::-1] if ours["reverse"] else found, outputs)
@@ -284,11 +284,11 @@ def test_keras_bidirectional(keras):
     outputs, *final = layer(x, initial_state=start, mask=jnp.array(HOLES))
     sides = np.split(np.arange(6), 2)
     params = {
-        f"l0{side}": params_from_keras([layer.get_weights()[k] for k in rows])
+        f"l0{side}": params_from_keras([layer.weights[k] for k in rows])
         for side, rows in zip(("", "_reverse"), sides, strict=True)
     }
     given = jnp.stack(start[::2]), jnp.stack(start[1::2])
-    module = LSTMStack(5, bidirectional=True, hold_outputs=True)
+    module = LSTMStack(5, bidirectional=True)  # the wrapper sets zero_output_for_mask
     found, carry = module.apply({"params": params}, x, given, mask=HOLES)
     close(found, outputs)
     close([carry[0][0], carry[1][0], carry[0][1], carry[1][1]], final)
@@ -302,12 +302,12 @@ def test_keras_stacked_cells_of_unlike_sizes(keras):
         cells, return_sequences=True, return_state=True, zero_output_for_mask=True
     )
     outputs, *final = layer(x, mask=jnp.array(HOLES))
-    weights = [params_from_keras(cell.get_weights()) for cell in cells]
+    weights = [params_from_keras(cell.weights) for cell in cells]
     stack = CellStack([LSTMCell(3), GRUCell(5), RNNCell(2)])
     params = {f"l{k}": layer for k, layer in enumerate(weights)}
     found, carry = stack.apply({"params": params}, x, mask=HOLES)
     close(found, outputs)
-    close(list(carry), [tuple(final[0]), *final[1:]])
+    close(jax.tree.leaves(carry), [s.reshape(3, -1) for s in jax.tree.leaves(final)])
 
 
 # Flax: linen's and nnx's modules
@@ -335,7 +335,7 @@ def test_linens_rnn_runs_our_cells(cell):
 
 LINEN = {
     "LSTMCell": nn.LSTMCell(5),
-    "OptimizedLSTMCell": nn.OptimizedLSTMCell(5, param_dtype=jnp.bfloat16),
+    "OptimizedLSTMCell": nn.OptimizedLSTMCell(5),
     "GRUCell": nn.GRUCell(5, carry_init=nn.initializers.ones),
     "SimpleCell": nn.SimpleCell(5, residual=True),
     "MGUCell": nn.MGUCell(5),
@@ -438,21 +438,18 @@ def unrolled(make, x, resets=None, start=None, **options):
     return params, jax.jit(net.apply)(params, x, resets)
 
 
-def params_from_haiku(kind, layer):
-    """Of one core, from its own parameters by their last names."""
+def params_from_haiku(kind, params):
+    """The parameters of a core that has its default name."""
     if kind == "VanillaRNN":
-        return {
-            "kernel_ih": layer["input_to_hidden"]["w"],
-            "kernel_hh": layer["hidden_to_hidden"]["w"],
-            "bias": layer["input_to_hidden"]["b"] + layer["hidden_to_hidden"]["b"],
-        }
+        of_x, of_h = params["vanilla_rnn/linear"], params["vanilla_rnn/linear_1"]
+        return {"kernel_ih": of_x["w"], "kernel_hh": of_h["w"], "bias": of_x["b"] + of_h["b"]}
     if kind == "LSTM":
-        w, b = (in_order(layer["linear"][name], (0, 2, 1, 3)) for name in "wb")
+        w, b = (in_order(params["lstm/linear"][name], (0, 2, 1, 3)) for name in "wb")
         size = len(b) // 4
         b[size : 2 * size] += 1  # which its forget gate adds
         return {"kernel_ih": w[:-size], "kernel_hh": w[-size:], "bias": b}
     # Its update gate says how much is new; ours, how much stays.
-    w_i, w_h, b = (np.array(layer["gru"][name]) for name in ("w_i", "w_h", "b"))
+    w_i, w_h, b = (np.array(params["gru"][name]) for name in ("w_i", "w_h", "b"))
     size = len(w_h)
     for array in (w_i, w_h, b):
         array[..., :size] *= -1
@@ -463,12 +460,8 @@ def params_from_haiku(kind, layer):
     }  # fmt: skip
 
 
-def by_last_names(params):
-    return {name.rpartition("/")[2] if "/" in name else name: p for name, p in params.items()}
-
-
 HAIKU = {
-    "VanillaRNN": (RNNStack, {}),
+    "VanillaRNN": (RNNStack, {"nonlinearity": "relu"}),
     "LSTM": (LSTMStack, {}),
     "GRU": (GRUStack, {"reset_after": False}),
 }
@@ -487,7 +480,7 @@ def test_haikus_cores_and_resets(kind, reverse):
 
     def ours(x, resets, params):
         module = stack(5, time_major=True, reverse=reverse, **options)
-        layer = params_from_haiku(kind, by_last_names(params))
+        layer = params_from_haiku(kind, params)
         outputs, carry = module.apply({"params": {"l0": layer}}, x, resets=resets)
         return outputs, [state[0] for state in jax.tree.leaves(carry)]
 
@@ -508,13 +501,46 @@ def test_haikus_deep_rnn_of_unlike_sizes():
         lambda hk: hk.DeepRNN([hk.LSTM(5), hk.GRU(2), hk.VanillaRNN(3)]), x
     )
     layers = {
-        f"l{k}": params_from_haiku(kind, by_last_names(params))
+        f"l{k}": params_from_haiku(kind, params)
         for k, kind in enumerate(("LSTM", "GRU", "VanillaRNN"))
     }
-    stack = CellStack([LSTMCell(5), ResetBeforeGRUCell(2), RNNCell(3)], time_major=True)
+    stack = CellStack(
+        [LSTMCell(5), ResetBeforeGRUCell(2), RNNCell(3, nonlinearity="relu")], time_major=True
+    )
     found, carry = stack.apply({"params": layers}, x)
     close(found, outputs)
     close(jax.tree.leaves(carry), jax.tree.leaves(states))
+
+
+# Equinox: its cells, which take one sequence
+
+
+@needs("equinox")
+@pytest.mark.parametrize("use_bias", [False, True])
+@pytest.mark.parametrize(("kind", "stack"), [("LSTMCell", LSTMStack), ("GRUCell", GRUStack)])
+def test_equinoxs_cells(kind, stack, use_bias):
+    """`test_nn.py`: test_lstm_cell and test_gru_cell, a scan over one sequence."""
+    import equinox as eqx
+
+    x, states = normal(1, 6, 4), 2 if kind == "LSTMCell" else 1
+    cell = getattr(eqx.nn, kind)(4, 5, use_bias=use_bias, key=jax.random.key(0))
+    start = tuple(normal(k, 5) for k in range(states)) if states == 2 else normal(0, 5)
+
+    def step(carry, x_t):
+        carry = cell(x_t, carry)
+        return carry, jax.tree.leaves(carry)[0]
+
+    last, expected = jax.lax.scan(step, jax.tree.map(jnp.asarray, start), x)
+    layer = {"kernel_ih": cell.weight_ih.T, "kernel_hh": cell.weight_hh.T}
+    if use_bias:
+        layer["bias"] = cell.bias
+    if use_bias and kind == "GRUCell":
+        layer["bias_hn"] = cell.bias_n
+    found, final = stack(5, use_bias=use_bias).apply(
+        {"params": {"l0": layer}}, x, jax.tree.map(lambda s: s[None], start)
+    )
+    close(found, expected)
+    close([s[0] for s in jax.tree.leaves(final)], jax.tree.leaves(last))
 
 
 # JAX: the experimental cuDNN layer's reference

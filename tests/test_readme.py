@@ -46,14 +46,24 @@ def commands():
 
 
 @pytest.mark.slow
-def test_each_block_of_python_stands_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(block, id=f"{page.relative_to(ROOT)}-{number}")
+        for page in PAGES
+        for number, block in enumerate(blocks("python", page))
+    ],
+)
+def test_each_block_of_python_stands_alone(block, tmp_path, monkeypatch):
+    for module in re.findall(r"\b(torch|keras)\b", block):
+        pytest.importorskip(module)
     monkeypatch.chdir(tmp_path)
-    use, pytorch = blocks("python")
-    (train,) = blocks("python", ROOT / "lstm_flax" / "README.md")
-    assert paste(use)["forget"].shape == (32, 28, 64)
-    assert paste(train)["state"].step == 12
-    if importlib.util.find_spec("torch") is not None:
-        names = paste(pytorch)
+    names = paste(block)
+    if "forget" in names:
+        assert names["forget"].shape == (32, 28, 64)
+    if "state" in names:
+        assert names["state"].step == 12
+    if "torch_lstm" in names:
         expected, _ = names["torch_lstm"](names["torch"].ones(names["x"].shape))
         np.testing.assert_allclose(names["outputs"], expected.detach().numpy(), atol=1e-6)
 

@@ -86,9 +86,9 @@ def test_flags_of_another_shape_or_dtype_are_refused(stack):
 # One direction, reversed
 
 
-@each_stack
-@pytest.mark.parametrize("implementation", ["scan", "native"])
-@pytest.mark.filterwarnings("ignore:implementation='native' scans")
+@pytest.mark.parametrize(
+    ("stack", "implementation"), [*((s, "scan") for s in STACKS), (LSTMStack, "native")]
+)
 def test_reverse_is_the_other_half_of_both_directions(stack, implementation):
     x, lengths = normal(1, 3, 6, 4), jnp.array([6, 0, 4])
     both, variables = build(stack, x, bidirectional=True)
@@ -104,9 +104,9 @@ def test_reverse_is_the_other_half_of_both_directions(stack, implementation):
 # Masks
 
 
-@each_stack
-@pytest.mark.parametrize("implementation", ["scan", "native"])
-@pytest.mark.filterwarnings("ignore:implementation='native' scans")
+@pytest.mark.parametrize(
+    ("stack", "implementation"), [*((s, "scan") for s in STACKS), (LSTMStack, "native")]
+)
 def test_a_masked_step_is_as_if_it_were_not_there(stack, implementation):
     """Holes and left padding, in both directions and through two layers, with all gradients."""
     x = normal(1, 3, 6, 4)
@@ -162,8 +162,7 @@ def test_gates_lie_where_their_steps_are():
 # The carry inside a sequence
 
 
-@each_stack
-@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize(("stack", "num_layers"), [(LSTMStack, 1), *((s, 2) for s in STACKS)])
 def test_pieces_between_resets_know_nothing_of_each_other(stack, num_layers):
     x = normal(1, 2, 7, 4)
     module, variables = build(stack, x, num_layers=num_layers)

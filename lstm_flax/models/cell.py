@@ -3,14 +3,14 @@
 Every cell has the same interface, so that a stack can scan over any of them:
 
     carry = cell.initialize_carry(key, x_t.shape)       zeros
-    carry, h_t = cell(carry, x_t, hidden_mask=None)     one step; h_t: what the layer above sees
-    h_t = cell.hidden(carry)                            the same
+    carry, h_t = cell(carry, x_t, hidden_mask=None)     one step; the layer above reads h_t
+    h_t = cell.hidden(carry)                            the same h_t
 
-The first two are the interface of flax's cells, so that `flax.linen.RNN` runs those here too.
+The first two are the interface of flax's cells, so `flax.linen.RNN` runs these cells too.
 
-A cell has two parts: `declare` makes its parameters, and `step`, a pure function, takes them, a
-carry and an input to the next carry. Directions, lengths, dropout between layers and zoneout are
-the stack's affair. Parameters are fused over the gates, which lie side by side in PyTorch's order:
+A cell has two parts. `declare` makes its parameters. `step`, a pure function, computes the next
+carry from them, a carry and an input. The stack handles directions, lengths, dropout between layers
+and zoneout. Parameters are fused over the gates, which lie side by side in PyTorch's order:
 `kernel_ih` [features, gates * hidden_size], `kernel_hh` [hidden_size, gates * hidden_size] and
 `bias` [gates * hidden_size], the sum of PyTorch's two biases.
 
@@ -57,9 +57,9 @@ def at_least_float32(dtype: DTypeLike) -> DTypeLike:
 def per_gate(init: Initializer, num_gates: int) -> Initializer:
     """Draw each gate's block of a fused kernel [rows, num_gates * hidden_size] by itself.
 
-    Fan-in, fan-out and orthogonality are properties of one gate's matrix, not of those that lie
-    side by side for the sake of one large product. What `init` boxes, such as
-    `nn.with_partitioning`'s, stays in its box.
+    Fan-in, fan-out and orthogonality are properties of one gate's matrix, not of the fused kernel,
+    which joins them for one large product. If `init` boxes its result, as `nn.with_partitioning`
+    does, the fused kernel is boxed too.
     """
 
     def stacked(key, shape, dtype=jnp.float32, out_sharding=None):
@@ -73,7 +73,7 @@ def per_gate(init: Initializer, num_gates: int) -> Initializer:
 
 
 def in_float32(init: Initializer) -> Initializer:
-    """Draw in float32, then round: a QR decomposition, for one, has no narrower dtypes."""
+    """Draw in float32, then round: some initialisers, such as orthogonal, need it."""
 
     def rounded(key, shape, dtype=jnp.float32, out_sharding=None):
         drawn = init(key, shape, at_least_float32(dtype))
@@ -92,12 +92,12 @@ class RecurrentCell(nn.RNNCellBase):
         kernel_init: initialiser of `kernel_ih`, called once a gate.
         recurrent_init: initialiser of `kernel_hh`, called once a gate.
         bias_init: initialiser of `bias`, called once for all gates.
-        dtype: of the products and of `h`; None takes `param_dtype`. The sums, the gates and the
-            cell state never have less than float32.
-        param_dtype: of the parameters.
-        precision: of the products, as in `jax.lax.dot`.
-        activation: of what enters the state, and of the LSTM's `c` on its way to `h`; any function
-            of arrays, such as `flax.linen.relu`, that keeps shapes and dtypes.
+        dtype: dtype of the products and of `h`; None means `param_dtype`. The sums, the gates and
+            the cell state have at least float32.
+        param_dtype: dtype of the parameters.
+        precision: precision of the products, as in `jax.lax.dot`.
+        activation: function of the candidate, and of the LSTM's `c` before the output gate. Any
+            function of arrays that keeps shapes and dtypes will do, such as `flax.linen.relu`.
     """
 
     hidden_size: int
@@ -118,10 +118,10 @@ class RecurrentCell(nn.RNNCellBase):
         super().__post_init__()
 
     def check_attributes(self) -> None:
-        """Refuse values that attributes can't have.
+        """Check that the attributes are within their bounds.
 
         Raises:
-            ValueError: one of them has such a value.
+            ValueError: one of them is not.
         """
         check_integer("hidden_size", self.hidden_size)
         check_floating("dtype", self.dtype)
@@ -135,25 +135,25 @@ class RecurrentCell(nn.RNNCellBase):
 
     @property
     def compute_dtype(self) -> jnp.dtype:
-        """Of the products' operands and of `h`."""
+        """The dtype of the products' operands and of `h`."""
         return jnp.dtype(self.dtype or self.param_dtype)
 
     @property
     def state_dtype(self) -> jnp.dtype:
-        """Of the sums, the gates and the cell state."""
+        """The dtype of the sums, the gates and the cell state."""
         return jnp.dtype(at_least_float32(self.compute_dtype))
 
     @property
     def num_feature_axes(self) -> int:
-        """How many axes of x are features, as `flax.linen.RNN` asks."""
+        """How many axes of x hold features; `flax.linen.RNN` reads this."""
         return 1
 
     def initialize_carry(self, rng: Any, input_shape: tuple[int, ...]) -> Any:
-        """The zero carry for inputs x of a shape, [batch, features] or [features].
+        """Return the zero carry for an input of this shape.
 
         Args:
-            rng: not used; it is there for the sake of flax's cells, whose carry may be random.
-            input_shape: of x.
+            rng: not used; Flax's interface has it, since a carry may be random.
+            input_shape: shape of x, [batch, features] or [features].
         """
         return jnp.zeros((*input_shape[:-1], self.output_size), self.compute_dtype)
 
@@ -162,7 +162,7 @@ class RecurrentCell(nn.RNNCellBase):
         return carry
 
     def declare(self, features: int) -> Weights:
-        """Make the parameters for x of so many features."""
+        """Make the parameters for x [batch, features]."""
         return self.declare_products(features) | self.declare_bias("bias", self.bias_init)
 
     def declare_products(self, features: int) -> Weights:
@@ -183,7 +183,7 @@ class RecurrentCell(nn.RNNCellBase):
         return weights
 
     def declare_bias(self, name: str, init: Initializer, gates: int = 0) -> Weights:
-        """Make a bias over so many gates, or all; none without `use_bias`."""
+        """Make a bias over this many gates, by default all; no bias without `use_bias`."""
         if not self.use_bias:
             return {}
         shape = ((gates or self.num_gates) * self.hidden_size,)
@@ -210,16 +210,16 @@ class RecurrentCell(nn.RNNCellBase):
 
     @nn.compact
     def weights(self, features: int, kernel_dtype: DTypeLike | None = None) -> Weights:
-        """All parameters, checked and cast: kernels to the compute dtype, biases to the sums'.
+        """Check and cast all parameters: kernels to the compute dtype, biases to `state_dtype`.
 
         Args:
             features: of x.
-            kernel_dtype: cast kernels to this one.
+            kernel_dtype: cast kernels to this dtype instead.
 
         Raises:
             flax.errors.ScopeParamShapeError: a parameter has another shape.
             flax.errors.ScopeParamNotFoundError: a parameter is missing.
-            ValueError: there is one that this cell does not have, or x has no features.
+            ValueError: a parameter does not belong to this cell, or x has no features.
         """
         check_integer("x's number of features", features)
         weights = self.declare(features)
@@ -263,11 +263,11 @@ class RecurrentCell(nn.RNNCellBase):
             hidden_mask: [batch, output_size], scales `h_{t-1}`; None: by one.
 
         Returns:
-            The next carry, and `h` [batch, output_size] within it, as flax's cells return them. The
-            gates are kept in the collection "gates" if that is asked for.
+            The next carry, and its `h` [batch, output_size], as flax's cells return them. With
+            `mutable="gates"`, the collection "gates" keeps the gates.
 
         Raises:
-            ValueError: x, a state of the carry or the mask is misshapen or not floating.
+            ValueError: x, a state of the carry or the mask has a wrong shape or is not floating.
         """
         x = as_floats("x", x)
         if x.ndim == 0:
@@ -292,16 +292,16 @@ class RecurrentCell(nn.RNNCellBase):
         return self.product("ih", weights, x), self.product("hh", weights, h)
 
     def masked(self, h: jax.Array, hidden_mask: jax.Array | None) -> jax.Array:
-        """`h_{t-1}` as the gates see it."""
+        """`h_{t-1}` after its dropout mask."""
         return h if hidden_mask is None else h * hidden_mask.astype(h.dtype)
 
     def product(self, name: str, weights: Weights, operand: jax.Array) -> jax.Array:
-        """A product with one kernel, normalised if that is to be, in `state_dtype`."""
+        """A product with one kernel, normalised with `layer_norm`, in `state_dtype`."""
         product = self.dot(operand, weights[f"kernel_{name}"])
         return weights[f"norm_{name}"](product) if self.layer_norm else product
 
     def dot(self, operand: jax.Array, kernel: jax.Array) -> jax.Array:
-        """A product in the compute dtype, added up in `state_dtype`."""
+        """A product in the compute dtype that accumulates in `state_dtype`."""
         return jnp.dot(
             operand.astype(self.compute_dtype),
             kernel,
@@ -316,13 +316,12 @@ class RecurrentCell(nn.RNNCellBase):
         return sums + jnp.broadcast_to(weights[name], sums.shape)
 
     def show(self, gates: dict[str, jax.Array], replace: bool) -> None:
-        """Keep gates in the collection "gates" if that is asked for: `apply(..., mutable="gates")`.
+        """Keep gates in the collection "gates", if `apply(..., mutable="gates")` asks for it.
 
         Args:
             gates: by name, each [batch, hidden_size], or [batch, time, hidden_size].
-            replace: take the place of what is there, which an earlier `apply` has left and which
-                is handed back. Otherwise it is of an earlier call within this `apply`, and both are
-                kept, in a tuple.
+            replace: replace gates that an earlier `apply` left. Otherwise they come from an earlier
+                call within this `apply`, and a tuple keeps both.
         """
         if self.is_initializing():
             return
@@ -341,7 +340,7 @@ def _replace(kept: Any, new: jax.Array) -> jax.Array:
 
 
 def check_activation(name: str, activation: Any) -> None:
-    """Check that this is a function.
+    """Check that an activation is a function.
 
     Raises:
         ValueError: it is not.
@@ -350,23 +349,23 @@ def check_activation(name: str, activation: Any) -> None:
 
 
 def note(module: nn.Module, name: str) -> bool:
-    """Whether this was noted of a module before, within one `apply`; from now on it is."""
+    """Set a flag on a module for the rest of this `apply`; returns whether it was set before."""
     was_noted = name in vars(module)
     object.__setattr__(module, name, True)  # Linen's own attributes can't be set
     return was_noted
 
 
 def check_carry(what: str, given: Any, like: Any, names: tuple[str, ...]) -> Any:
-    """A carry as arrays, with the shapes and dtypes of another one.
+    """Return the caller's carry as arrays with the shapes and dtypes of `like`.
 
     Args:
-        what: its name, for errors.
-        given: the carry, or arrays alike.
-        like: the other one.
-        names: of the states, in their order.
+        what: the argument's name, for errors.
+        given: the carry, of arrays or of what converts to arrays.
+        like: a carry with the wanted structure, shapes and dtypes.
+        names: names of the states, in their order.
 
     Raises:
-        ValueError: it has another structure, or a state has another shape or is not floating.
+        ValueError: the structure or the shape of a state differs, or a state is not floating.
     """
     if isinstance(given, list) and isinstance(like, tuple):
         given = tuple(given)

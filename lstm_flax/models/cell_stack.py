@@ -1,4 +1,4 @@
-"""A stack of any cells: flax's, this library's, one's own; with the call of the other stacks."""
+"""A stack of any cells, of flax, of this library or your own, with the call of `LSTMStack`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,15 +14,15 @@ from lstm_flax.models.stack import refuse_other_layers
 from lstm_flax.models.steps import is_asked_for_gates, scan_cells
 
 Carries = tuple[Any, ...]
-"""Each layer's and direction's own carry."""
+"""The carry of each layer and direction."""
 
 
 class CellStack(nn.Module):
     """Layers of any cells, which may differ in kind and size, with `LSTMStack`'s call.
 
-    A cell is a `flax.linen.RNNCellBase`: those of flax, those of this library, and one's own. It
-    has `cell(carry, x_t) -> (carry, y_t)`, `initialize_carry(rng, x_t's shape)` and
-    `num_feature_axes`. Cells run in a scan; no kernel does.
+    A cell is any `flax.linen.RNNCellBase`, so a cell of flax, of this library or your own. It is
+    called as `cell(carry, x_t) -> (carry, y_t)`, and has `initialize_carry(rng, shape of x_t)` and
+    `num_feature_axes`. Cells always scan: kernels do not run them.
 
         >>> import flax.linen as nn, jax, jax.numpy as jnp
         >>> from lstm_flax import CellStack, LSTMCell
@@ -37,20 +37,20 @@ class CellStack(nn.Module):
         (((3, 16), (3, 16)), (3, 8))
 
     The parameters of layer k are `params["l{k}"]`, and `params["l{k}_reverse"]` for its reverse
-    direction, as its cell has them. The carry is a tuple with the carry of each layer and
-    direction, in the order of PyTorch: `(l0, l0_reverse, l1, ...)`. Each is what the cell's
-    `initialize_carry` gives for x without its time axis, so that its states are [batch, size].
+    direction, as the cell names them. The carry is a tuple with the carry of each layer and
+    direction, in PyTorch's order: `(l0, l0_reverse, l1, ...)`. Each has the structure that the
+    cell's `initialize_carry` returns for x without its time axis, so its states are [batch, size].
 
     Attributes:
-        cells: one a layer, the output of one being the input of the next.
-        bidirectional: also run each layer from the end to the start, by another cell of its kind;
-            the next one reads both outputs, side by side in the last axis.
-        reverse: as of `LSTMStack`; so are `time_major` and `return_carry`.
+        cells: one per layer; each reads the output of the one before it.
+        bidirectional: also run each layer from the end to the start, with a copy of its cell that
+            has its own parameters; the next layer reads both outputs, joined in the last axis.
+        reverse, time_major, return_carry: as in `LSTMStack`.
         dropout: fraction of each layer's output that is dropped on its way to the next layer.
-        hold_outputs: as of `LSTMStack`, but before a direction's first step there are zeros.
+        hold_outputs: as in `LSTMStack`, but zeros come before a direction's first step.
 
     Raises:
-        ValueError: an attribute has a value that it can't have.
+        ValueError: an attribute is out of its bounds.
     """
 
     cells: Sequence[nn.RNNCellBase]
@@ -70,7 +70,7 @@ class CellStack(nn.Module):
         super().__post_init__()
 
     def initialize_carry(self, rng: Any, input_shape: tuple[int, ...]) -> Carries:
-        """What the cells start from.
+        """The carry that the cells start from.
 
         Args:
             rng: for cells whose carry is random; None: `jax.random.key(0)`, as in `flax.linen.RNN`.
@@ -101,20 +101,20 @@ class CellStack(nn.Module):
         """Run whole sequences, as `LSTMStack` does.
 
         Args:
-            x: floating, [..., time, features], or [time, ..., features] with `time_major`; in
-                place of features there are as many axes as the first cell has features' axes.
-            initial_carry: a tuple with each cell's carry, see above; what the cells'
-                `initialize_carry` gives if None.
-            seq_lengths: as for `LSTMStack`; so is `mask`.
-            mask: bool, one a step.
-            resets: bool, one a step; a carry starts anew from what `initialize_carry` gives.
+            x: floating, [..., time, features], or [time, ..., features] with `time_major`. A cell
+                may have several feature axes, as `nn.ConvLSTMCell` has.
+            initial_carry: a tuple with the carry of each layer and direction; None: what
+                `initialize_carry` returns.
+            seq_lengths: as for `LSTMStack`.
+            mask: as for `LSTMStack`.
+            resets: as for `LSTMStack`; the carry is reset to what `initialize_carry` returns.
             deterministic: switches dropout off.
 
         Returns:
             `(outputs, carry)`, or with `return_carry=False` the outputs alone.
 
         Raises:
-            ValueError: as by `LSTMStack`.
+            ValueError: for the same reasons as `LSTMStack`.
         """
         x = as_floats("x", x)
         axes = self._axes(x.shape)
@@ -146,7 +146,7 @@ class CellStack(nn.Module):
         )
         starts = axes.fold_states(self.initialize_carry(None, x.shape), layers=0)
         x = sequences.to_rows(x)
-        # On the devices and mesh axes that x is on.
+        # Adding zeros made from x puts the carry on the devices and mesh axes of x.
         starts = jax.tree.map(lambda s: s + _zeros_of(x, s), starts)
         given = axes.fold_states(initial_carry, layers=0) if initial_carry is not None else starts
         sides = len(self._directions)
@@ -183,7 +183,7 @@ class CellStack(nn.Module):
 def _output_features(
     cell: nn.RNNCellBase, carry: Any, shape: tuple[int, ...], batch_axes: int
 ) -> tuple[int, ...]:
-    """The axes that a cell's output has beside the batch's."""
+    """The shape of a cell's output without its batch axes."""
     if isinstance(cell, RecurrentCell):
         return (cell.output_size,)
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -192,6 +192,6 @@ def _output_features(
 
 
 def _zeros_of(x: jax.Array, state: jax.Array) -> jax.Array:
-    """Zeros as a state [rows, ...] has them, made of x."""
+    """Zeros made from x that broadcast against a state [rows, ...]."""
     zeros = jnp.zeros_like(x).sum(range(1, x.ndim)).astype(state.dtype)
     return zeros.reshape(-1, *(1,) * (state.ndim - 1))

@@ -15,13 +15,13 @@ from lstm_flax.models.stack import RecurrentStack
 class SequenceClassifier(nn.Module):
     """Logits from the top layer's final hidden state, of both directions if there are two.
 
-    That is the last output of the forward direction, and the first one of the reverse direction:
-    what each has after it has read the whole sequence.
+    Each direction's final state comes after it has read the whole sequence: it is the last output
+    of the forward direction, and the first output of the reverse direction.
 
     Attributes:
         core: an `LSTMStack`, `RNNStack` or `GRUStack`; its parameters are `params["core"]`.
         num_classes: number of logits; the dense layer's parameters are `params["head"]`.
-        dtype: of the dense layer's product; the logits never have less than float32.
+        dtype: dtype of the dense layer's product; the logits have at least float32.
     """
 
     core: RecurrentStack
@@ -32,7 +32,7 @@ class SequenceClassifier(nn.Module):
         """Check the attributes.
 
         Raises:
-            ValueError: there is no class, or `dtype` is not floating.
+            ValueError: `num_classes` is below 1, or `dtype` is not floating.
         """
         check_integer("num_classes", self.num_classes)
         check_floating("dtype", self.dtype)
@@ -51,16 +51,16 @@ class SequenceClassifier(nn.Module):
         """Classify sequences into logits [batch, num_classes].
 
         Args:
-            x: [batch, time, features], or time first if the core has it so, of one step at least;
-                as for the core, there may be no batch axis, or several.
+            x: [batch, time, features], or [time, batch, features] with the core's `time_major`, of
+                at least one step. As for the core, there may be no batch axis, or several.
             seq_lengths: [batch], as for the core; each sequence ends at its own last valid step.
-                One of length 0 has the logits of a zero state.
+                A sequence of length 0 gives the logits of a zero state.
             mask: bool [batch, time], as for the core.
-            resets: bool [batch, time], as for the core; the logits are of the last piece.
+            resets: bool [batch, time], as for the core; the logits describe the last piece.
             deterministic: switches dropout off.
 
         Raises:
-            ValueError: as by the core, or x has no time steps.
+            ValueError: the core refuses its arguments, or x has no time steps.
         """
         _, carry = self.core.run(
             x, seq_lengths=seq_lengths, mask=mask, resets=resets, deterministic=deterministic

@@ -1,8 +1,8 @@
-"""The forms in which a caller has sequences, and the one in which layers run them.
+"""From the caller's sequences to the rows that layers run, and back.
 
-A caller's x is [..., time, features]: one sequence, a batch of them, or several batch axes. Some of
-its steps may not count. Layers run rows [rows, time, features], a sequence each, of which the first
-`lengths` steps count. `Sequences` leads from the one to the other and back.
+The caller's x is [..., time, features]: one sequence, a batch of them, or several batch axes. A
+mask may exclude any of its steps. Layers run rows [rows, time, features]: each row is a sequence
+whose first `lengths` steps are valid. `Sequences` converts in both directions.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ from lstm_flax.models.lstm_layer import is_valid_step
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """The axes of a caller's x, [..., time, features] or [time, ..., features].
+    """The axes of the caller's x, [..., time, features] or [time, ..., features].
 
     Attributes:
-        batch: the sizes of those before time, or after it with `time_major`.
-        time: steps.
+        batch: sizes of the batch axes.
+        time: number of steps.
         time_major: time is the first axis.
     """
 
@@ -34,10 +34,10 @@ class Axes:
 
     @classmethod
     def of(cls, shape: Sequence[int], time_major: bool, feature_axes: int = 1) -> "Axes":
-        """The axes of an x of this shape.
+        """Read them off the shape of x.
 
         Raises:
-            ValueError: it has too few axes.
+            ValueError: the shape has too few axes.
         """
         if len(shape) < 1 + feature_axes:
             axes = "[time, ..., features]" if time_major else "[..., time, features]"
@@ -49,16 +49,16 @@ class Axes:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The shape of an array with one entry a step, as the caller has it."""
+        """The shape of an array that has one entry per step, in the caller's axes."""
         return (self.time, *self.batch) if self.time_major else (*self.batch, self.time)
 
     @property
     def rows(self) -> int:
-        """How many sequences there are."""
+        """Number of sequences."""
         return math.prod(self.batch)
 
     def fold(self, array: jax.Array) -> jax.Array:
-        """The caller's [..., time, *rest] as [rows, time, *rest]."""
+        """Turn the caller's [..., time, *rest] into [rows, time, *rest]."""
         count = len(self.batch)
         array = jnp.moveaxis(array, 0, count) if self.time_major else array
         return array.reshape(self.rows, *array.shape[count:])
@@ -69,7 +69,7 @@ class Axes:
         return jnp.moveaxis(array, len(self.batch), 0) if self.time_major else array
 
     def fold_states(self, carry: Any, layers: int = 1) -> Any:
-        """The batch axes of states as one; so many axes, of layers, come before it."""
+        """Join the batch axes of states into one; `layers` axes come before them."""
         after = layers + len(self.batch)
         return jax.tree.map(
             lambda s: s.reshape(*s.shape[:layers], self.rows, *s.shape[after:]), carry
@@ -84,13 +84,13 @@ class Axes:
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-    """Which steps count, where the carry starts anew, and the way back to the caller's order.
+    """Which steps are valid, where the carry is reset, and how to restore the caller's order.
 
     Attributes:
-        axes: the caller's.
-        lengths: int32 [rows], steps that count, which are a row's first; None: all.
-        mask: bool [rows, time], those that count in the caller's order; None: as in a row.
-        resets: bool [rows, time], steps before which the carry starts anew; None: none.
+        axes: the caller's axes.
+        lengths: int32 [rows], number of valid steps, which come first in a row; None: all steps.
+        mask: bool [rows, time], valid steps in the caller's order; None: the same order as in rows.
+        resets: bool [rows, time], steps before which the carry is reset; None: no step.
     """
 
     axes: Axes
@@ -106,7 +106,7 @@ class Sequences:
         mask: jax.Array | None,
         resets: jax.Array | None,
     ) -> "Sequences":
-        """From checked arguments, in the caller's axes."""
+        """Build them from checked arguments in the caller's axes."""
         lengths = None if lengths is None else lengths.reshape(axes.rows)
         mask = None if mask is None else axes.fold(mask)
         if mask is not None and lengths is not None:
@@ -118,34 +118,34 @@ class Sequences:
 
     @property
     def is_valid(self) -> jax.Array | None:
-        """Bool [rows, time], steps of a row that count; None: all."""
+        """Valid steps of the rows, bool [rows, time]; None: all steps."""
         return None if self.lengths is None else is_valid_step(self.lengths, self.axes.time)
 
     def to_rows(self, x: jax.Array) -> jax.Array:
-        """The caller's x, or flags of steps, as rows, with zeros for what does not count."""
+        """Turn x, or flags of its steps, into rows; steps that are not valid become zero."""
         x = self._close(self.axes.fold(x))
         if self.is_valid is None:
             return x
-        # Not even a NaN there may come back as 0 x NaN in a gradient.
+        # `where` keeps a NaN there from reaching a gradient as 0 x NaN.
         return where(self.is_valid, x, jnp.zeros_like(x))
 
     def to_caller(
         self, steps: jax.Array, before: Sequence[jax.Array] = (), reverse: bool = False
     ) -> jax.Array:
-        """Steps of rows in the caller's order and axes.
+        """Turn steps of rows into the caller's order and axes.
 
-        Where steps do not count there are zeros, or what each direction had before it.
+        Steps that are not valid get zeros, or hold the latest value of each direction.
 
         Args:
-            steps: [rows, time, ...], zero in the padding of rows if that is to be so.
-            before: for each direction, whose features lie side by side in `steps`, what it had
-                before its first step, [rows, ...]. Empty: there are to be zeros.
+            steps: [rows, time, ...]; the features of two directions lie side by side.
+            before: what each direction holds before its first step, [rows, ...]. Empty: zeros are
+                wanted.
             reverse: the only direction is the reverse one.
         """
         counts = self.is_valid if self.mask is None else self.mask
         if counts is None or (self.mask is None and not before) or 0 in steps.shape:
             return self.axes.unfold(steps)
-        # How many steps of the row have counted, this one included.
+        # How many steps up to this one, and with it, are valid.
         counted = jnp.cumsum(counts, axis=1, dtype=jnp.int32)
         if not before:
             shown = where(counts, self._take(steps, counted - 1), jnp.zeros_like(steps))
@@ -160,12 +160,12 @@ class Sequences:
         return self.axes.unfold(jnp.concatenate(sides, axis=-1))
 
     def _take(self, steps: jax.Array, numbers: jax.Array) -> jax.Array:
-        """The steps of such numbers [rows, time]; any will do where there is none."""
+        """Gather steps by their numbers [rows, time]; numbers out of range give any step."""
         numbers = jnp.clip(numbers, 0, self.axes.time - 1)
         return jnp.take_along_axis(steps, _like(numbers, steps), axis=1)
 
     def _close(self, steps: jax.Array) -> jax.Array:
-        """Steps that count move to the front, in their order."""
+        """Move valid steps to the front and keep their order."""
         if self.mask is None or 0 in steps.shape:
             return steps
         order = jnp.argsort(~self.mask, axis=1, stable=True)
@@ -178,22 +178,22 @@ def where(flags: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def flip(steps: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Turn each row [rows, time, ...] around, its padding staying at the end."""
+    """Reverse the valid steps of each row [rows, time, ...]; the padding stays at the end."""
     time = steps.shape[1]
     order = (jnp.arange(time - 1, -1, -1, dtype=lengths.dtype)[None] + lengths[:, None]) % time
     return jnp.take_along_axis(steps, _like(order, steps), axis=1)
 
 
 def _like(flags: jax.Array, array: jax.Array) -> jax.Array:
-    """With axes of one at the end, to go with an array of more."""
+    """Append axes of size one, so that flags broadcast against the array."""
     return flags.reshape(*flags.shape, *(1,) * (array.ndim - flags.ndim))
 
 
 def check_lengths(seq_lengths: Any, axes: Axes) -> jax.Array:
-    """Lengths as int32 [...], from 0 to time; only those that are known can be refused.
+    """Return lengths as int32 [...], from 0 to time; traced ones are clipped, not refused.
 
     Raises:
-        ValueError: they have another shape, are no integers, or are out of range.
+        ValueError: the lengths have another shape, are not integers, or are out of range.
     """
     lengths = as_array("seq_lengths", seq_lengths)
     if lengths.shape != axes.batch or not jnp.issubdtype(lengths.dtype, jnp.integer):
@@ -209,10 +209,10 @@ def check_lengths(seq_lengths: Any, axes: Axes) -> jax.Array:
 
 
 def check_flags(name: str, flags: Any, axes: Axes) -> jax.Array:
-    """Flags as bool, one a step.
+    """Return flags as bool, one per step.
 
     Raises:
-        ValueError: they have another shape or dtype.
+        ValueError: the flags have another shape or dtype.
     """
     flags = as_array(name, flags)
     if flags.shape != axes.steps or flags.dtype != bool:

@@ -17,7 +17,9 @@ from lstm_flax.models.stack import RecurrentStack
 
 
 class GRUCell(RecurrentCell):
-    """One step of a GRU layer (Cho et al. 2014), its reset gate where PyTorch and cuDNN have it.
+    """One step of a GRU layer (Cho et al. 2014), with the reset gate after the product.
+
+    PyTorch and cuDNN compute the same:
 
         r, z = σ(x_t W_ih + h_{t-1} W_hh + b), the first two thirds
         n = tanh(x_t W_in + b_n + r ⊙ (h_{t-1} W_hn + b_hn))
@@ -35,12 +37,12 @@ class GRUCell(RecurrentCell):
     num_gates: ClassVar[int] = 3
 
     def check_attributes(self) -> None:
-        """Refuse values that attributes can't have."""
+        """Check that the attributes are within their bounds."""
         super().check_attributes()
         check_activation("recurrent_activation", self.recurrent_activation)
 
     def declare(self, features: int) -> Weights:
-        """Make the parameters for x of so many features."""
+        """Make the parameters for x [batch, features]."""
         weights = super().declare(features)
         return weights | self.declare_bias("bias_hn", nn.initializers.zeros, gates=1)
 
@@ -62,20 +64,22 @@ class GRUCell(RecurrentCell):
 
 
 class ResetBeforeGRUCell(GRUCell):
-    """One step of a GRU layer as in the paper (Cho et al. 2014), its reset gate before the product.
+    """One step of a GRU layer (Cho et al. 2014), with the reset gate before the product.
+
+    The paper has it so:
 
         r, z = σ(x_t W_ih + h_{t-1} W_hh + b), the first two thirds
         n = tanh(x_t W_in + (r ⊙ h_{t-1}) W_hn + b_n)
         h_t = (1 - z) ⊙ n + z ⊙ h_{t-1}
 
-    The parameters differ from `GRUCell`'s, so that the one's never pass for the other's:
-    `kernel_hh` [hidden_size, 2 * hidden_size] is of the two gates, `kernel_hn` [hidden_size,
-    hidden_size] of the candidate, and there is one bias. With `layer_norm` the two products are
-    normalised each by itself.
+    The parameters differ from those of `GRUCell`, so that weights of one kind never load into the
+    other: `kernel_hh` [hidden_size, 2 * hidden_size] belongs to the two gates, `kernel_hn`
+    [hidden_size, hidden_size] to the candidate, and there is one bias. `layer_norm` normalises
+    the two products separately.
     """
 
     def declare(self, features: int) -> Weights:
-        """Make the parameters for x of so many features."""
+        """Make the parameters for x [batch, features]."""
         size = self.hidden_size
         parts = {"ih": (features, 3), "hh": (size, 2), "hn": (size, 1)}
         weights: Weights = {}
@@ -103,7 +107,7 @@ class ResetBeforeGRUCell(GRUCell):
 
 
 class GRUStack(RecurrentStack):
-    """GRU layers, as `torch.nn.GRU`: `LSTMStack`'s call, but the carry is `h` alone.
+    """GRU layers, as in `torch.nn.GRU`. The call is that of `LSTMStack`, and the carry is `h`.
 
         >>> import jax, jax.numpy as jnp
         >>> from lstm_flax import GRUStack
@@ -114,11 +118,11 @@ class GRUStack(RecurrentStack):
         ((3, 7, 16), (1, 3, 16))
 
     Attributes:
-        reset_after: the reset gate scales the product with `h_{t-1}`, as PyTorch and cuDNN have it,
-            and as Keras and ONNX do with `reset_after=True` and `linear_before_reset=1`. False: it
-            scales `h_{t-1}` itself, see `ResetBeforeGRUCell`, which is ONNX's default
-            `linear_before_reset=0`, and Haiku's.
-        recurrent_activation: the cell's.
+        reset_after: the reset gate scales the product with `h_{t-1}`, as in PyTorch and cuDNN.
+            Keras calls this `reset_after=True`, and ONNX `linear_before_reset=1`. With False it
+            scales `h_{t-1}` itself, see `ResetBeforeGRUCell`; this is what Haiku does, and what ONNX does
+            by default.
+        recurrent_activation: as in `GRUCell`.
     """
 
     reset_after: bool = True

@@ -19,7 +19,7 @@ from lstm_flax.models.stack import RecurrentStack
 LSTMCarry = tuple[jax.Array, jax.Array]
 """`(h, c)`."""
 
-# The activations that kernels have, by all their names.
+# The functions that kernels compute, under all their names.
 _TANHS, _SIGMOIDS = (jax.lax.tanh, jnp.tanh), (jax.lax.logistic, nn.sigmoid)
 
 
@@ -36,7 +36,7 @@ def forget_gate_ones(key, shape, dtype=jnp.float32, out_sharding=None) -> jax.Ar
 
 @dataclasses.dataclass(frozen=True)
 class ChronoInit:
-    """What `chrono_init` returns; two of the same steps are equal, so that stacks with them are."""
+    """What `chrono_init` returns. Two with the same steps are equal, as are stacks with them."""
 
     max_steps: int
 
@@ -48,14 +48,14 @@ class ChronoInit:
 
 
 def chrono_init(max_steps: int) -> Initializer:
-    """Biases, in the order i, f, g, o, of a cell that is to remember for 1 to `max_steps` steps.
+    """Initialise biases, in the order i, f, g, o, for a cell that remembers 1 to `max_steps` steps.
 
     Unit by unit `b_f = log(u)` and `b_i = -b_f`, u being uniform in [1, max_steps - 1]; the others
     are zero (Tallec and Ollivier, "Can Recurrent Neural Networks Warp Time?", 2018).
     For `LSTMStack(..., bias_init=chrono_init(784))`.
 
     Raises:
-        ValueError: `max_steps` is no integer of at least 2.
+        ValueError: `max_steps` is not an integer of at least 2.
     """
     check_integer("max_steps", max_steps, lowest=2)
     return ChronoInit(max_steps)
@@ -75,10 +75,10 @@ class LSTMCell(RecurrentCell):
     Shows: input, forget, candidate, output and cell.
 
     Attributes:
-        bias_init: as for every cell; by default the forget gate's bias starts at one, and
-            `chrono_init` is for sequences of hundreds of steps.
-        proj_size: features of `h`, less than `hidden_size`; 0 projects nothing.
-        recurrent_activation: of the gates, σ above; `activation` is tanh.
+        bias_init: initialiser of `bias`. By default the forget gate's bias starts at one; for
+            sequences of hundreds of steps, use `chrono_init`.
+        proj_size: features of `h`, less than `hidden_size`; 0 means no projection.
+        recurrent_activation: function of the gates, σ above; `activation` is tanh above.
     """
 
     bias_init: Initializer = forget_gate_ones
@@ -88,7 +88,7 @@ class LSTMCell(RecurrentCell):
     num_gates: ClassVar[int] = 4
 
     def check_attributes(self) -> None:
-        """Refuse values that attributes can't have."""
+        """Check that the attributes are within their bounds."""
         super().check_attributes()
         check_activation("recurrent_activation", self.recurrent_activation)
         check_integer("proj_size", self.proj_size, lowest=0, below=self.hidden_size)
@@ -108,7 +108,7 @@ class LSTMCell(RecurrentCell):
         return carry[0]
 
     def declare(self, features: int) -> Weights:
-        """Make the parameters for x of so many features."""
+        """Make the parameters for x [batch, features]."""
         weights = super().declare(features)
         if self.layer_norm:
             weights["norm_c"] = self.declare_norm("norm_c", use_bias=True)
@@ -135,7 +135,7 @@ class LSTMCell(RecurrentCell):
         return (h, c), {"input": i, "forget": f, "candidate": g, "output": o, "cell": c}
 
     def show_cell(self, weights: Weights, c: jax.Array, o: jax.Array) -> jax.Array:
-        """`h_t`, what the output gate shows of `c_t`."""
+        """Compute `h_t` from `c_t` and the output gate."""
         shown = weights["norm_c"](c) if self.layer_norm else c
         h = (o * self.activation(shown)).astype(self.compute_dtype)
         if self.proj_size:
@@ -152,11 +152,11 @@ class PeepholeLSTMCell(LSTMCell):
 
     The three vectors are the parameters `peephole_i`, `peephole_f` and `peephole_o`, each
     [hidden_size], zero at first. ONNX's `P` [3 * hidden_size] has them in the order i, o, f.
-    All else is as in `LSTMCell`.
+    Everything else is as in `LSTMCell`.
     """
 
     def declare(self, features: int) -> Weights:
-        """Make the parameters for x of so many features."""
+        """Make the parameters for x [batch, features]."""
         names = ("peephole_i", "peephole_f", "peephole_o")
         shape = (self.hidden_size,)
         zeros = nn.initializers.zeros
@@ -183,7 +183,7 @@ class PeepholeLSTMCell(LSTMCell):
         return (h, c), {"input": i, "forget": f, "candidate": g, "output": o, "cell": c}
 
     def peep(self, weights: Weights, name: str, c: jax.Array) -> jax.Array:
-        """What a gate sees of a cell state [batch, hidden_size]."""
+        """The part of the cell state [batch, hidden_size] that a gate sees."""
         return jnp.broadcast_to(weights[name], c.shape) * c
 
 
@@ -207,49 +207,48 @@ class LSTMStack(RecurrentStack):
         >>> kept["gates"]["l0"]["forget"].shape
         (3, 7, 16)
 
-    Of several calls within one `apply`, the gates are tuples with an array for each call.
+    If one `apply` calls the stack several times, each gate is a tuple with an array per call.
 
-    In `nn.Sequential`, set `return_carry=False`: otherwise the next module takes the final carry of
-    this one for its second argument, and a stack starts from it.
+    In `nn.Sequential`, set `return_carry=False`. Otherwise the next module receives the final carry
+    as its second argument, and a stack would start from it.
 
     Attributes:
         hidden_size: units of each layer and direction.
-        num_layers: layers, the output of one being the input of the next.
-        bidirectional: also run each layer from the end to the start, with parameters of its own.
+        num_layers: number of layers; each reads the output of the one below it.
+        bidirectional: also run each layer from the end to the start, with its own parameters.
         use_bias: add biases.
         dropout: fraction of each layer's output that is dropped on its way to the next layer,
-            with a new mask at each time step, as in PyTorch. This and what follows draws from the
-            rng "dropout".
+            with a new mask at each time step, as in PyTorch. All dropout and zoneout draws from
+            the rng "dropout".
         recurrent_dropout: fraction of `h_{t-1}` that is dropped on its way into the gates, with
-            one mask a sequence (Gal and Ghahramani, "A Theoretically Grounded Application of
+            one mask per sequence (Gal and Ghahramani, "A Theoretically Grounded Application of
             Dropout in Recurrent Neural Networks", 2016).
-        zoneout: probability that a unit of `h` stays as it was a step ago (Krueger et al.,
-            "Zoneout", 2017); their mean in evaluation.
+        zoneout: probability that a unit of `h` keeps its value of the step before (Krueger et al.,
+            "Zoneout", 2017); evaluation uses the mean.
         zoneout_cell: the same for `c`.
         layer_norm: the LayerNorm LSTM, see `lstm_flax.models.cell`.
-        proj_size: features that `h` is projected to, less than `hidden_size`; 0 projects nothing.
+        proj_size: features that `h` is projected to, less than `hidden_size`; 0: no projection.
         peephole: let the gates see the cell state, see `PeepholeLSTMCell`.
         time_major: time is the first axis of x, of the outputs, and of masks.
         reverse: run each layer from each sequence's end to its start. Outputs stay in the order of
             x; Keras's `go_backwards` returns them in the reverse order.
-        hold_outputs: where steps do not count, by `seq_lengths` or `mask`, the outputs of a
-            direction are its latest one before, and `h_0` before its first; otherwise zero. Keras
-            has this as `zero_output_for_mask=False`.
+        hold_outputs: at steps that `seq_lengths` or `mask` excludes, repeat the latest output of
+            each direction, or `h_0` before its first; otherwise those outputs are zero. Keras calls
+            this `zero_output_for_mask=False`.
         return_carry: return `(outputs, carry)`; otherwise the outputs alone.
         kernel_init, recurrent_init, bias_init, dtype, param_dtype, precision, activation,
-            recurrent_activation: the cell's.
-        implementation: "scan" is the plain `nn.scan` of cells, which the others are equal to;
-            "native" is the kernel in `lstm_flax.models.native`, for one CPU, in float32, and in
-            bfloat16 where the CPU multiplies that; "pallas" is the one in
-            `lstm_flax.models.pallas_tpu`, for a TPU; "cudnn" is NVIDIA's, in float32. "auto" takes
-            whichever there is for the platform that the program is compiled for, be it this
-            machine's or not, and no kernel for sizes at which XLA's own products are faster;
-            cuDNN's only where JAX's CUDA plugin is installed. Where one is asked for by name and
-            impossible, a warning says why, and it scans; "auto" logs that to the logger
-            "lstm_flax".
+            recurrent_activation: as in `LSTMCell`.
+        implementation: what runs the layers. "scan" is `nn.scan` over cells, the reference that the
+            others equal. "native" is the C++ kernel in `lstm_flax.models.native`, for CPUs, in
+            float32, and in bfloat16 where the CPU multiplies in it. "pallas" is the kernel in
+            `lstm_flax.models.pallas_tpu`, for TPUs. "cudnn" is NVIDIA's, in float32, and needs
+            JAX's CUDA plugin. "auto" chooses by the platform that the program is compiled for,
+            which need not be this machine's, and scans at sizes that XLA computes faster. If the
+            one that you name can't run, a warning says why, and the stack scans; "auto" logs the
+            reason to the logger "lstm_flax".
 
     Raises:
-        ValueError: an attribute has a value that it can't have; the message gives its bounds.
+        ValueError: an attribute is out of its bounds; the message gives them.
     """
 
     bias_init: Initializer = forget_gate_ones
@@ -259,7 +258,7 @@ class LSTMStack(RecurrentStack):
     peephole: bool = False
 
     def check_attributes(self) -> None:
-        """Refuse values that attributes can't have."""
+        """Check that the attributes are within their bounds."""
         super().check_attributes()
         check_rate("zoneout_cell", self.zoneout_cell, may_be_one=True)
 
@@ -278,11 +277,11 @@ class LSTMStack(RecurrentStack):
         return self.zoneout, self.zoneout_cell
 
     def why_not_layer(self, x: jax.Array, deterministic: bool = True) -> str | None:
-        """Say in a few words why `__call__` scans cells wherever it runs; None: it won't.
+        """Say in a few words why `__call__` scans on every platform; None: it does not.
 
         Args:
-            x: what it would be called with.
-            deterministic: the same.
+            x: the input, or its shape and dtype.
+            deterministic: as in `__call__`.
         """
         dtype = self.make_cell(None).compute_dtype
         time = Axes.of(x.shape, self.time_major).time
@@ -298,14 +297,14 @@ class LSTMStack(RecurrentStack):
             "gates are asked for": self.is_asked_for_gates(),
             "a symbolic shape": not all(isinstance(size, int) for size in x.shape),
             "nothing to compute": 0 in x.shape,
-            # Neither a layer's loop nor what it keeps for its gradients is worth it.
+            # One step repays neither the kernel's loop nor what it keeps for gradients.
             "a single step": self.implementation == "auto" and time == 1,
             "several devices": jax.device_count() > 1 and not _is_one_devices_share(),
         }
         return next((reason for reason, applies in reasons.items() if applies), None)
 
     def why_no_kernel(self, x: jax.Array, platform: str) -> str | None:
-        """Say in a few words why a platform has no kernel for x; None: it has one."""
+        """Say in a few words why no kernel of this platform takes x; None: one does."""
         if platform == cudnn.PLATFORM:
             return cudnn.why_not(self.make_cell(None).compute_dtype)
         if platform not in KERNELS:
@@ -321,7 +320,7 @@ class LSTMStack(RecurrentStack):
         return None
 
     def _sample(self, x: jax.Array) -> Operands:
-        """Operands of a layer over x [batch, time, features], for their shapes and dtypes."""
+        """The operands of a layer over x [batch, time, features]; only shapes and dtypes matter."""
         cell = self.make_cell(None)
         h_0, c_0 = cell.initialize_carry(None, (len(x), x.shape[-1]))
         gates = jnp.zeros(4 * self.hidden_size, c_0.dtype)
@@ -360,7 +359,7 @@ class LSTMStack(RecurrentStack):
         x: jax.Array,
         lengths: jax.Array,
     ) -> tuple[tuple[LSTMCarry, ...], jax.Array]:
-        """Run layers over x [batch, time, features] as one operation, which cuDNN has."""
+        """Run layers over x [batch, time, features] as one operation of cuDNN."""
         directions = 1 + self.bidirectional
         features = [x.shape[-1]] * directions + [directions * self.hidden_size] * len(cells)
         h_0, c_0 = (jnp.stack(states) for states in zip(*carries, strict=True))
@@ -376,13 +375,13 @@ class LSTMStack(RecurrentStack):
         return tuple(zip(h_n, c_n, strict=True)), outputs
 
     def _weights(self, cell: RecurrentCell, features: int) -> cudnn.Weights:
-        """`(kernel_ih, kernel_hh, bias)` in the accumulation dtype, the bias perhaps of zeros."""
+        """`(kernel_ih, kernel_hh, bias)` in the accumulation dtype; without `use_bias`, a zero bias."""
         weights = cell.weights(features, kernel_dtype=cell.state_dtype)
         no_bias = jnp.zeros(4 * self.hidden_size, cell.state_dtype)
         return weights["kernel_ih"], weights["kernel_hh"], weights.get("bias", no_bias)
 
 
 def _is_one_devices_share() -> bool:
-    """Whether this is traced for one device's share of the arrays: inside `jax.shard_map`."""
+    """Whether this is traced inside `jax.shard_map`, for one device's share of the arrays."""
     axes = jax.sharding.get_abstract_mesh().axis_types
     return bool(axes) and all(kind == jax.sharding.AxisType.Manual for kind in axes)

@@ -27,7 +27,7 @@ class RNNCell(RecurrentCell):
     nonlinearity: Literal["tanh", "relu"] = "tanh"
 
     def check_attributes(self) -> None:
-        """Refuse values that attributes can't have."""
+        """Check that the attributes are within their bounds."""
         super().check_attributes()
         check_choice("nonlinearity", self.nonlinearity, _NONLINEARITIES)
         if self.nonlinearity == "relu" and self.activation is not jax.lax.tanh:

@@ -1,7 +1,7 @@
 """Stacks of recurrent layers: cells inside `nn.scan` over time, with PyTorch's calls and shapes.
 
-What all kinds of stack share is here, once: layers, directions, lengths, dropout, zoneout and the
-initial carry. What differs, one step of one layer, is each kind's own cell.
+This module holds what all stacks share: layers, directions, lengths, dropout, zoneout and the
+initial carry. Each kind of stack adds its own cell, which computes one step of one layer.
 """
 
 import logging
@@ -30,14 +30,14 @@ from lstm_flax.models.steps import is_asked_for_gates, scan_cells
 logger = logging.getLogger("lstm_flax")
 
 IMPLEMENTATIONS = ("auto", "scan", "native", "pallas", "cudnn")
-PLATFORMS = {"native": "cpu", "pallas": "tpu"}  # that their kernels are for
+PLATFORMS = {"native": "cpu", "pallas": "tpu"}  # where their kernels run
 
 Carry = Any
 """`h`, or for the LSTM `(h, c)`; in a stack each has a leading axis of layers x directions."""
 
 
 class RecurrentStack(nn.Module):
-    """What all stacks share; see `LSTMStack` for the call and the attributes."""
+    """The base of all stacks; `LSTMStack` documents the call and the attributes."""
 
     hidden_size: int
     num_layers: int = 1
@@ -62,7 +62,7 @@ class RecurrentStack(nn.Module):
 
     def __post_init__(self) -> None:
         self.check_attributes()
-        # Flax makes copies, each with a parent; those are not to warn again.
+        # Flax makes copies, each with a parent. Only the caller's own module warns.
         is_the_callers = self.parent is type(self).__dataclass_fields__["parent"].default
         if self.dropout > 0 and self.num_layers == 1 and is_the_callers:
             warnings.warn(
@@ -73,12 +73,12 @@ class RecurrentStack(nn.Module):
         super().__post_init__()
 
     def check_attributes(self) -> None:
-        """Refuse values that attributes can't have.
+        """Check that the attributes are within their bounds.
 
         Raises:
-            ValueError: one of them has such a value.
+            ValueError: one of them is not.
         """
-        self.make_cell(None)  # which checks what is its own
+        self.make_cell(None)  # checks the attributes that it shares
         check_integer("num_layers", self.num_layers)
         check_rate("dropout", self.dropout, may_be_one=True)
         check_rate("recurrent_dropout", self.recurrent_dropout)
@@ -88,7 +88,7 @@ class RecurrentStack(nn.Module):
             raise ValueError("reverse is for one direction: bidirectional has both already")
 
     def make_cell(self, name: str | None) -> RecurrentCell:
-        """Make the cell of one layer and direction; without a name one by itself."""
+        """Make the cell of one layer and direction; without a name, one outside of any module."""
         raise NotImplementedError
 
     def zoneout_rates(self) -> Carry:
@@ -96,7 +96,7 @@ class RecurrentStack(nn.Module):
         return self.zoneout
 
     def cell_options(self, cell_name: str | None) -> dict[str, Any]:
-        """The attributes that every cell has, as the stack's own say."""
+        """The attributes that the stack hands on to every cell."""
         names = (
             "use_bias", "layer_norm", "kernel_init", "recurrent_init", "bias_init", "dtype",
             "param_dtype", "precision", "activation",
@@ -105,9 +105,9 @@ class RecurrentStack(nn.Module):
         return {name: getattr(self, name) for name in names} | place
 
     def initialize_carry(self, rng: Any, input_shape: tuple[int, ...]) -> Carry:
-        """The zero carry, in the dtypes that the stack returns it in.
+        """Return the zero carry, in the dtypes that the stack returns.
 
-        With `dtype` bfloat16 that is a bfloat16 `h` and, for the LSTM, a float32 `c`.
+        With `dtype` bfloat16, `h` is bfloat16 and the LSTM's `c` is float32.
 
             >>> import jax
             >>> from lstm_flax import LSTMStack
@@ -116,7 +116,7 @@ class RecurrentStack(nn.Module):
             ((2, 3, 16), (2, 3, 16))
 
         Args:
-            rng: not used; it is there for the sake of flax's cells, whose carry may be random.
+            rng: not used; Flax's interface has it, since a carry may be random.
             input_shape: of x, [..., time, features], or [time, ..., features] with `time_major`.
         """
         batch = Axes.of(input_shape, self.time_major).batch
@@ -137,39 +137,35 @@ class RecurrentStack(nn.Module):
 
         Args:
             x: floating, [batch, time, features], or [time, batch, features] with `time_major`.
-                One sequence by itself has no batch axis, and there may be several of them; what is
-                called [batch] here has all of them or none.
-                Without any sequence the results are empty; without any step the outputs are, and
-                the carry is the initial one.
+                A single sequence needs no batch axis, and there may be several batch axes; [batch]
+                then stands for none or for all of them. An empty batch gives empty results. No
+                steps give empty outputs and the initial carry.
             initial_carry: `(h_0, c_0)`, or `h_0` where the cell has one state, each
                 [num_layers * directions, batch, its size]; zeros if None.
-            seq_lengths: [batch], integers from 0 to time: steps of each right-padded sequence.
-                Padding reaches neither outputs, which are zero there, nor the carry, nor any
-                gradient; the reverse direction starts at each sequence's own end. A sequence of
-                length 0 leaves its initial carry. Under a transformation, where lengths can't be
-                checked, one beyond time counts as time, and one below 0 as 0.
-            mask: bool, shaped as x without features: the steps that count, wherever they lie.
-                A sequence is run as if the others were not there, and those are to it what padding
-                is. With `seq_lengths` too, steps count that both count.
-            resets: bool, shaped as x without features: the carry is zero before such a step, as
-                with Haiku's `ResetCore`: to the forward direction it is the first one of an episode
-                that knows nothing of those before. To the reverse direction, which comes from
-                later steps, it is the last one. Those among steps that do not count do nothing. No
-                kernel has this: it scans.
+            seq_lengths: [batch], integers from 0 to time: the steps of each right-padded sequence.
+                Padding reaches neither the carry nor any gradient, and outputs there are zero. The
+                reverse direction starts at each sequence's own end. A sequence of length 0 keeps
+                its initial carry. Traced lengths can't be checked: they are clipped to 0..time.
+            mask: bool, shaped as x without features: True at valid steps, which may lie anywhere.
+                A sequence runs as if the other steps were not there, and these are treated as
+                padding. With `seq_lengths` as well, a step is valid if both say so.
+            resets: bool, shaped as x without features: the carry is set to zero before such a step,
+                as in Haiku's `ResetCore`. In the forward direction the step is the first of a new
+                episode; in the reverse direction, which comes from later steps, the last. Resets
+                at steps that are not valid have no effect. Kernels don't take resets.
             deterministic: switches dropout and zoneout's sampling off.
 
         Returns:
             `(outputs, carry)`: the top layer's output at every step, [batch, time,
             size * directions], forward before reverse, and the final states of every layer and
             direction, shaped as `initial_carry`, in PyTorch's order: `h_n[-1]` is the top layer's
-            at each sequence's last valid step. With `return_carry=False` the outputs alone.
+            state at each sequence's last valid step. With `return_carry=False`, the outputs alone.
 
         Raises:
-            ValueError: x, a state of `initial_carry`, `seq_lengths`, `mask` or `resets` is
-                misshapen or of a wrong dtype, a length is out of range, or there is a parameter
-                that does not belong here.
+            ValueError: x, a state of `initial_carry`, `seq_lengths`, `mask` or `resets` has a wrong
+                shape or dtype, a length is out of range, or a parameter does not belong here.
             flax.errors.ScopeParamShapeError: a parameter does not have the shape that x and the
-                attributes ask for.
+                attributes require.
         """
         outputs, carry = self.run(
             x,
@@ -191,7 +187,7 @@ class RecurrentStack(nn.Module):
         resets: jax.Array | None = None,
         deterministic: bool = True,
     ) -> tuple[jax.Array, Carry]:
-        """Do what `__call__` does, and return `(outputs, carry)` also with `return_carry=False`."""
+        """Run `__call__`, but always return `(outputs, carry)`."""
         x = as_floats("x", x)
         axes = Axes.of(x.shape, self.time_major)
         if initial_carry is not None:
@@ -249,7 +245,7 @@ class RecurrentStack(nn.Module):
         how: str,
         deterministic: bool,
     ) -> tuple[jax.Array, Sequence[Carry]]:
-        """Run all layers over x [rows, time, features], the cells being in the order of carries."""
+        """Run all layers over x [rows, time, features]; carries come in the order of cells."""
         drops = self.dropout > 0 and not deterministic
         if how == "cudnn":
             at_once = 1 if drops else self.num_layers
@@ -281,21 +277,21 @@ class RecurrentStack(nn.Module):
         return x, final
 
     def is_asked_for_gates(self) -> bool:
-        """Whether this call is to keep the gates: `apply(..., mutable="gates")`."""
+        """Whether the caller asked to keep the gates: `apply(..., mutable="gates")`."""
         return is_asked_for_gates(self)
 
     @property
     def _directions(self) -> tuple[str, ...]:
-        """What the names of their parameters end with."""
+        """The directions, by the suffix of their parameters' names."""
         return ("", "_reverse") if self.bidirectional else ("",)
 
     def _drop(self, x: jax.Array, deterministic: bool) -> jax.Array:
-        """Dropout between layers; its masks lie over x as the caller has it."""
+        """Apply dropout between layers, with masks drawn in the caller's order of axes."""
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
         return drop(x.swapaxes(0, 1)).swapaxes(0, 1) if self.time_major else drop(x)
 
     def _zero_carry(self, cell: RecurrentCell, x: jax.Array) -> Carry:
-        """A cell's zero carry, on the devices and mesh axes that x is on."""
+        """A cell's zero carry, on the devices and mesh axes of x."""
         zeros = jnp.zeros_like(x).sum((1, 2))[:, None]
         like = jax.eval_shape(lambda: cell.initialize_carry(None, (zeros.shape[0], x.shape[-1])))
         return jax.tree.map(lambda s: jnp.broadcast_to(zeros, s.shape).astype(s.dtype), like)
@@ -309,7 +305,7 @@ class RecurrentStack(nn.Module):
         deterministic: bool,
         reverse: bool,
     ) -> tuple[tuple[Carry, ...], jax.Array]:
-        """Run cells over time, each on the output of the one before it."""
+        """Scan cells over time; each reads the output of the one before it."""
         has_resets = sequences.resets is not None
         return scan_cells(
             self,
@@ -325,21 +321,21 @@ class RecurrentStack(nn.Module):
         )
 
     def why_not_native(self, x: jax.Array, deterministic: bool = True) -> str | None:
-        """Say in a few words why no kernel of this machine runs in `__call__`; None: one does.
+        """Say in a few words why `__call__` runs no kernel on this machine; None: it runs one.
 
         Args:
-            x: what it would be called with.
-            deterministic: the same.
+            x: the input, or its shape and dtype.
+            deterministic: as in `__call__`.
         """
         reason = self.why_not_layer(x, deterministic)
         return reason or self.why_no_kernel(x, _platform())
 
     def why_not_layer(self, x: jax.Array, deterministic: bool = True) -> str | None:
-        """Say in a few words why `__call__` scans cells wherever it runs; None: it won't."""
+        """Say in a few words why `__call__` scans on every platform; None: it does not."""
         return f"there is none for {type(self).__name__}"
 
     def why_no_kernel(self, x: jax.Array, platform: str) -> str | None:
-        """Say in a few words why a platform has no kernel for x; None: it has one."""
+        """Say in a few words why no kernel of this platform takes x; None: one does."""
         raise NotImplementedError
 
     def run_layer(
@@ -352,7 +348,7 @@ class RecurrentStack(nn.Module):
         self, cells: Sequence[RecurrentCell], carries: Sequence[Carry], x: jax.Array,
         lengths: jax.Array,
     ) -> tuple[tuple[Carry, ...], jax.Array]:  # fmt: skip
-        """Run layers over x [batch, time, features] as one operation, which cuDNN has."""
+        """Run layers over x [batch, time, features] as one operation of cuDNN."""
         raise NotImplementedError
 
     def _run_cudnn(
@@ -375,7 +371,7 @@ class RecurrentStack(nn.Module):
         return flip(x, lengths) if self.reverse else x, final
 
     def _choose(self, x: jax.Array, deterministic: bool, has_resets: bool) -> str:
-        """How layers run: "scan", or one operation for a "layer", or for several by "cudnn"."""
+        """How layers run: "scan", one operation per "layer", or all layers at once by "cudnn"."""
         asked = self.implementation
         if asked == "scan" or self.is_initializing():
             return "scan"
@@ -396,7 +392,7 @@ class RecurrentStack(nn.Module):
     def _hidden_mask(
         self, cell: RecurrentCell, batch: int, deterministic: bool
     ) -> jax.Array | None:
-        """One dropout mask a sequence for `h_{t-1}`, scaled so that its mean is one."""
+        """One dropout mask per sequence for `h_{t-1}`, scaled so that its mean is one."""
         if deterministic or self.recurrent_dropout == 0:
             return None
         keep = 1 - self.recurrent_dropout
@@ -405,16 +401,16 @@ class RecurrentStack(nn.Module):
 
 
 def _platform() -> str:
-    """This machine's, as JAX's lowering calls it."""
+    """This machine's platform, by the name that JAX's lowering uses."""
     backend = jax.default_backend()
     return "cuda" if backend == "gpu" else backend
 
 
 def refuse_other_layers(module: nn.Module, names: Sequence[str]) -> None:
-    """Refuse parameters of layers that a stack does not have.
+    """Refuse parameters of layers that the stack does not have.
 
     Raises:
-        ValueError: there are some.
+        ValueError: there is such a parameter.
     """
     given = module.variables.get("params", {})
     others = [n for n in given if re.fullmatch(r"l\d+(_reverse)?", n) and n not in names]

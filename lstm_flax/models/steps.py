@@ -1,4 +1,4 @@
-"""Cells over time: one `nn.scan`, which any of flax's cells can run in."""
+"""The `nn.scan` over time that runs cells: those of this library, and any of flax's."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,14 +11,14 @@ from lstm_flax.models.cell import RecurrentCell, note
 from lstm_flax.models.forms import Sequences, where
 
 Carry = Any
-"""Of a cell of ours `h`, or for the LSTM `(h, c)`; of another whatever it has."""
+"""`h`, or `(h, c)` for the LSTM; for another cell, its own structure."""
 
 
 class _Step(nn.Module):  # its random draws depend on this name
     """One time step of some layers, each of which reads the output of the one below it."""
 
     cells: tuple[nn.RNNCellBase, ...]
-    zoneout: Carry  # rates, shaped as a cell's carry; zero: none
+    zoneout: Carry  # rates, shaped as a cell's carry; zero keeps nothing
     deterministic: bool
     with_gates: bool
 
@@ -53,7 +53,7 @@ class _Step(nn.Module):  # its random draws depend on this name
         return tuple(advanced), (x, tuple(shown))
 
     def _zone_out(self, rate: float, old: jax.Array, new: jax.Array) -> jax.Array:
-        """Keep units as they were: at random in training, in the mean otherwise."""
+        """Keep units at their old values: at random in training, by the mean otherwise."""
         if rate == 0:
             return new
         if self.deterministic:
@@ -75,22 +75,22 @@ def scan_cells(
     deterministic: bool = True,
     reverse: bool = False,
 ) -> tuple[tuple[Carry, ...], jax.Array]:
-    """Run cells over rows, each on the output of the one before it.
+    """Run cells over rows; each cell reads the output of the one before it.
 
     Args:
-        module: whose cells these are.
-        cells: bound to it.
-        carries: of each.
+        module: the module that the cells belong to.
+        cells: cells bound to `module`.
+        carries: the initial carry of each cell.
         x: [rows, time, features].
-        sequences: which steps count, and where the carry starts anew.
-        starts: what it starts from there, for each cell.
-        hidden_masks: for each of our cells, see `RecurrentCell.step`; empty: none.
-        zoneout: rates, shaped as a carry of ours.
+        sequences: which steps are valid, and where the carry is reset.
+        starts: the carry of each cell after a reset.
+        hidden_masks: one per cell, see `RecurrentCell.step`; empty: none.
+        zoneout: rates, shaped as the carry of a cell.
         deterministic: switches zoneout's sampling off.
         reverse: start at the end.
 
     Returns:
-        The final carries, and the last cell's outputs.
+        The final carries, and the outputs of the last cell, [rows, time, features].
     """
     with_gates = is_asked_for_gates(module)
     step = nn.scan(
@@ -117,7 +117,7 @@ def scan_cells(
 
 
 def is_asked_for_gates(module: nn.Module) -> bool:
-    """Whether this call is to keep the gates: `apply(..., mutable="gates")`."""
+    """Whether the caller asked to keep the gates: `apply(..., mutable="gates")`."""
     is_bound = module.scope is not None and not module.is_initializing()
     return is_bound and module.is_mutable_collection("gates")
 

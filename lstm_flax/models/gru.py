@@ -120,8 +120,7 @@ class GRUStack(RecurrentStack):
     Attributes:
         reset_after: the reset gate scales the product with `h_{t-1}`, as in PyTorch and cuDNN.
             Keras calls this `reset_after=True`, and ONNX `linear_before_reset=1`. With False it
-            scales `h_{t-1}` itself, see `ResetBeforeGRUCell`; this is what Haiku does, and what ONNX does
-            by default.
+            scales `h_{t-1}` itself, see `ResetBeforeGRUCell`; Haiku does this, and ONNX by default.
         recurrent_activation: as in `GRUCell`.
     """
 

@@ -375,7 +375,7 @@ class LSTMStack(RecurrentStack):
         return tuple(zip(h_n, c_n, strict=True)), outputs
 
     def _weights(self, cell: RecurrentCell, features: int) -> cudnn.Weights:
-        """`(kernel_ih, kernel_hh, bias)` in the accumulation dtype; without `use_bias`, a zero bias."""
+        """`(kernel_ih, kernel_hh, bias)` in the accumulation dtype; the bias may be zero."""
         weights = cell.weights(features, kernel_dtype=cell.state_dtype)
         no_bias = jnp.zeros(4 * self.hidden_size, cell.state_dtype)
         return weights["kernel_ih"], weights["kernel_hh"], weights.get("bias", no_bias)

@@ -216,7 +216,7 @@ def test_an_idx_file_of_another_shape_is_refused(tmp_path, shape):
 
     assert read_idx(write((3, 28, 28)), 28, 28).shape == (3, 28, 28)
     for path in (write(shape), write((3, 28, 28), magic=0)):
-        with pytest.raises(ValueError, match=r"idx\.gz holds no"):
+        with pytest.raises(ValueError, match=r"idx\.gz does not hold"):
             read_idx(path, 28, 28)
 
 

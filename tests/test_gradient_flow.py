@@ -239,10 +239,10 @@ def test_a_trace_is_gradient_descent_by_hand(clip_norm):
 def test_accuracies_belong_to_their_variants_and_seeds():
     splits = {"train": some_digits(40), "test": some_digits(40)}
     recipe = Recipe(epochs=60, batch_size=20, learning_rate=1e-2)
-    both = accuracies([LSTM], splits, 3, [5, 6], recipe)[LSTM.label]
-    assert both[1:] == accuracies([LSTM], splits, 3, [6], recipe)[LSTM.label]
-    assert both[0] != both[1]
-    assert min(both) > 0.2  # on the images that it was trained on; guessing gives 0.1
+    found = accuracies([LSTM], splits, 3, [5, 6, 7], recipe)[LSTM.label]
+    assert found[1:] == accuracies([LSTM], splits, 3, [6, 7], recipe)[LSTM.label]
+    assert len(set(found)) > 1  # two of them may be equal: there are 41 values
+    assert min(found) > 0.2  # on the images that it was trained on; guessing gives 0.1
 
 
 def test_the_figure_and_the_table_of_a_flow_show_what_was_measured(tmp_path):

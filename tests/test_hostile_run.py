@@ -236,15 +236,15 @@ def write(text):
         ("config.json", huge, ALL, "has more than 8 MiB"),
         ("config.json", write("[" * 200_000), ALL, "nested too deeply"),
         ("config.json", write('{"seed": ' + "9" * 400 + "}"), ALL, "'seed' must be at most"),
-        ("config.json", change_config(coordinator="127.0.0.1:1"), ALL, "has no 'coordinator'"),
-        ("config.json", change_config(distributed=True), ALL, "has no 'distributed'"),
+        ("config.json", change_config(coordinator="127.0.0.1:1"), ALL, "'coordinator' is unknown"),
+        ("config.json", change_config(distributed=True), ALL, "'distributed' is unknown"),
         ("config.json", change_config(precision="evil"), ALL, "'precision' must be"),
         ("config.json", change_config(hidden_size=-3), ALL, "'hidden_size' must be at least 1"),
         ("config.json", change_config(num_layers=3000), ALL, "'num_layers' must be at most"),
         ("config.json", change_config(batch_size=10**10), ALL, "'batch_size' must be at most"),
         ("config.json", change_config(hidden_size=11_000), ("predict",), "is of another model"),
         ("metrics.jsonl", huge, ("report",), "has more than 8 MiB"),
-        ("eval.json", write('{"step": 1, "correct": 9, "total": 4}'), ("report",), "more im"),
+        ("eval.json", write('{"step": 1, "correct": 9, "total": 4}'), ("report",), "correct is larger than total"),
     ],
 )  # fmt: skip
 def test_files_that_cost_much_or_can_not_be_true(folder, end, name, make, commands, says):

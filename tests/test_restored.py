@@ -60,7 +60,7 @@ def test_a_damaged_result_is_said_and_the_next_best_stands_in(workdir, capsys):
 
 
 def test_what_can_not_be_restored_is_said(workdir, tmp_path):
-    with pytest.raises(RunFilesError, match=r"there is no run in .*/nowhere; .* or train one"):
+    with pytest.raises(RunFilesError, match=r"there is no run in .*/nowhere; .* or train a run"):
         restore_run(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
 

@@ -159,6 +159,6 @@ def nudged_step(cell: RecurrentCell, params: Any, carry: Any, x: jax.Array, nudg
     """
     if not isinstance(cell, LSTMCell):
         return cell.apply({"params": params}, carry, x)[0] + nudge
-    (_, c), kept = cell.apply({"params": params}, carry, x, mutable="gates")
+    ((_, c), _), kept = cell.apply({"params": params}, carry, x, mutable="gates")
     c = c + nudge[1]
     return kept["gates"]["output"] * jnp.tanh(c) + nudge[0], c

@@ -153,8 +153,7 @@ def our_cell(module):
     if hasattr(module, "nonlinearity"):
         options["nonlinearity"] = module.nonlinearity
     cell = kinds[type(module).__name__](module.hidden_size, **options)
-    weights = {f"{key}_l0": value for key, value in module.state_dict().items()}
-    return cell, {"params": from_torch(weights)["l0"]}
+    return cell, {"params": from_torch(module)}
 
 
 def numpy(tree):

@@ -20,7 +20,11 @@ from lstm_flax.models import (
     RNNStack,
     SequenceClassifier,
     chrono_init,
+    from_flax,
+    from_keras,
     from_torch,
+    to_flax,
+    to_keras,
     to_torch,
 )
 from lstm_flax.training import (
@@ -63,7 +67,11 @@ __all__ = [
     "create_train_state",
     "eval_step",
     "evaluate",
+    "from_flax",
+    "from_keras",
     "from_torch",
+    "to_flax",
+    "to_keras",
     "to_torch",
     "train_step",
     "train_steps",

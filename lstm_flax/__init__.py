@@ -27,6 +27,7 @@ from lstm_flax.models import (
     to_keras,
     to_torch,
 )
+from lstm_flax.sequences import pad_sequences
 from lstm_flax.training import (
     Keys,
     Metrics,
@@ -70,6 +71,7 @@ __all__ = [
     "from_flax",
     "from_keras",
     "from_torch",
+    "pad_sequences",
     "to_flax",
     "to_keras",
     "to_torch",

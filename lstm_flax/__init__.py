@@ -5,6 +5,7 @@ import, and `lstm_flax.data` needs the extra `data`.
 """
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from lstm_flax.models import (
@@ -36,10 +37,14 @@ from lstm_flax.training import (
 if TYPE_CHECKING:  # without this, a type checker would accept any attribute
     from lstm_flax import checkpoints as checkpoints
     from lstm_flax import data as data
+
+    __version__: str
 else:
 
     def __getattr__(name: str) -> Any:
-        """Import `checkpoints` or `data` on first use (PEP 562)."""
+        """Import `checkpoints` or `data` on first use (PEP 562); `__version__` is the package's."""
+        if name == "__version__":
+            return importlib.metadata.version("lstm_flax")
         if name in ("checkpoints", "data"):
             return importlib.import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

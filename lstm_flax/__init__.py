@@ -21,9 +21,14 @@ from lstm_flax.models import (
     RNNStack,
     SequenceClassifier,
     chrono_init,
+    from_flax,
+    from_keras,
     from_torch,
+    to_flax,
+    to_keras,
     to_torch,
 )
+from lstm_flax.sequences import pad_sequences
 from lstm_flax.training import (
     Keys,
     Metrics,
@@ -68,7 +73,12 @@ __all__ = [
     "create_train_state",
     "eval_step",
     "evaluate",
+    "from_flax",
+    "from_keras",
     "from_torch",
+    "pad_sequences",
+    "to_flax",
+    "to_keras",
     "to_torch",
     "train_step",
     "train_steps",

@@ -25,6 +25,8 @@ from lstm_flax import (
     ResetBeforeGRUCell,
     RNNCell,
     RNNStack,
+    from_flax,
+    from_keras,
     from_torch,
     to_torch,
 )
@@ -153,8 +155,7 @@ def our_cell(module):
     if hasattr(module, "nonlinearity"):
         options["nonlinearity"] = module.nonlinearity
     cell = kinds[type(module).__name__](module.hidden_size, **options)
-    weights = {f"{key}_l0": value for key, value in module.state_dict().items()}
-    return cell, {"params": from_torch(weights)["l0"]}
+    return cell, {"params": from_torch(module)}
 
 
 def numpy(tree):
@@ -221,24 +222,6 @@ def keras(monkeypatch):
         yield keras
 
 
-def params_from_keras(weights, reset_after=True):
-    kernel, recurrent, *bias = (np.asarray(w.value) for w in weights)
-    gates = kernel.shape[1] // recurrent.shape[0]
-    order = {4: (0, 1, 2, 3), 3: (1, 0, 2), 1: (0,)}[gates]
-    size = len(recurrent)
-    layer = {"kernel_ih": in_order(kernel, order), "kernel_hh": in_order(recurrent, order)}
-    if gates == 3 and not reset_after:
-        layer["kernel_hh"], layer["kernel_hn"] = np.split(layer["kernel_hh"], [2 * size], 1)
-    if bias and bias[0].ndim == 2:  # of the input and of the state
-        of_x, of_h = (in_order(b, order) for b in bias[0])
-        layer["bias_hn"] = of_h[2 * size :].copy()
-        of_h[2 * size :] = 0
-        layer["bias"] = of_x + of_h
-    elif bias:
-        layer["bias"] = in_order(bias[0], order)
-    return layer
-
-
 KERAS = {"LSTM": (LSTMStack, 2), "GRU": (GRUStack, 1), "SimpleRNN": (RNNStack, 1)}
 KERAS_CASES = [
     ("LSTM", {}), ("LSTM", {"go_backwards": True}), ("LSTM", {"zero_output_for_mask": True}),
@@ -269,9 +252,9 @@ def test_keras_layers(keras, kind, options):
         outputs, *final = layer(
             x, initial_state=start, mask=None if mask is None else jnp.array(mask)
         )
-        params = params_from_keras(layer.weights, options.get("reset_after", True))
+        params = from_keras(layer)
         given = jax.tree.map(lambda s: s[None], tuple(start) if states == 2 else start[0])
-        found, carry = module.apply({"params": {"l0": params}}, x, given, mask=mask)
+        found, carry = module.apply({"params": params}, x, given, mask=mask)
         close(found[:, ::-1] if ours["reverse"] else found, outputs)
         close([s[0] for s in jax.tree.leaves(carry)], final)
 
@@ -282,14 +265,9 @@ def test_keras_bidirectional(keras):
     inner = keras.layers.LSTM(5, return_sequences=True, return_state=True)
     layer = keras.layers.Bidirectional(inner)
     outputs, *final = layer(x, initial_state=start, mask=jnp.array(HOLES))
-    sides = np.split(np.arange(6), 2)
-    params = {
-        f"l0{side}": params_from_keras([layer.weights[k] for k in rows])
-        for side, rows in zip(("", "_reverse"), sides, strict=True)
-    }
     given = jnp.stack(start[::2]), jnp.stack(start[1::2])
     module = LSTMStack(5, bidirectional=True)  # the wrapper sets zero_output_for_mask
-    found, carry = module.apply({"params": params}, x, given, mask=HOLES)
+    found, carry = module.apply({"params": from_keras(layer)}, x, given, mask=HOLES)
     close(found, outputs)
     close([carry[0][0], carry[1][0], carry[0][1], carry[1][1]], final)
 
@@ -302,10 +280,8 @@ def test_keras_stacked_cells_of_unlike_sizes(keras):
         cells, return_sequences=True, return_state=True, zero_output_for_mask=True
     )
     outputs, *final = layer(x, mask=jnp.array(HOLES))
-    weights = [params_from_keras(cell.weights) for cell in cells]
     stack = CellStack([LSTMCell(3), GRUCell(5), RNNCell(2)])
-    params = {f"l{k}": layer for k, layer in enumerate(weights)}
-    found, carry = stack.apply({"params": params}, x, mask=HOLES)
+    found, carry = stack.apply({"params": from_keras(*cells)}, x, mask=HOLES)
     close(found, outputs)
     close(jax.tree.leaves(carry), [s.reshape(3, -1) for s in jax.tree.leaves(final)])
 
@@ -381,20 +357,9 @@ def test_linens_activations_are_ours():
     cell = nn.LSTMCell(5, gate_fn=nn.relu, activation_fn=nn.elu)
     rnn = nn.RNN(cell, return_carry=True)
     variables = jax.jit(rnn.init)(jax.random.key(0), x)
-    dense = variables["params"]["cell"]
-    params = params_from_dense(lambda name: dense[name])
     stack = LSTMStack(5, recurrent_activation=nn.relu, activation=nn.elu)
-    found, (h_n, c_n) = stack.apply({"params": {"l0": params}}, x)
+    found, (h_n, c_n) = stack.apply({"params": from_flax(variables["params"])}, x)
     close(((c_n[0], h_n[0]), found), rnn.apply(variables, x))
-
-
-def params_from_dense(of):
-    """Flax's eight dense layers of an LSTM, `of` their names."""
-    return {
-        "kernel_ih": jnp.concatenate([of(f"i{g}")["kernel"] for g in "ifgo"], 1),
-        "kernel_hh": jnp.concatenate([of(f"h{g}")["kernel"] for g in "ifgo"], 1),
-        "bias": jnp.concatenate([of(f"h{g}")["bias"] for g in "ifgo"]),
-    }
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -402,15 +367,10 @@ def test_nnxs_layer_is_ours(reverse):
     """`recurrent_test.py` of nnx: a sequence, lengths, reverse, time major, equivalence."""
     x, lengths = normal(1, 3, 6, 4), jnp.array([6, 1, 4])
     cell = nnx.LSTMCell(4, 5, rngs=nnx.Rngs(0))
-
-    def of(name):
-        layer = getattr(cell, "if_" if name == "if" else name)
-        return {key: getattr(layer, key)[...] for key in ("kernel", "bias") if getattr(layer, key)}
-
     rnn = nnx.RNN(cell, return_carry=True, reverse=reverse, keep_order=True)
     (c, h), outputs = rnn(x, seq_lengths=lengths)
     found, (h_n, c_n) = LSTMStack(5, reverse=reverse, hold_outputs=False).apply(
-        {"params": {"l0": params_from_dense(of)}}, x, seq_lengths=lengths
+        {"params": from_flax(cell)}, x, seq_lengths=lengths
     )
     close((h_n[0], c_n[0]), (h, c))
     counts = np.arange(6) < np.asarray(lengths)[:, None]

@@ -1,7 +1,8 @@
-"""The recurrent layers, the classifier on top of them, and PyTorch's weights."""
+"""The recurrent layers, the classifier on top of them, and weights of other libraries."""
 
 from lstm_flax.models.cell_stack import CellStack
 from lstm_flax.models.classifier import LSTMClassifier, SequenceClassifier
+from lstm_flax.models.framework_weights import from_flax, from_keras, to_flax, to_keras
 from lstm_flax.models.gru import GRUCell, GRUStack, ResetBeforeGRUCell
 from lstm_flax.models.lstm import LSTMCell, LSTMStack, PeepholeLSTMCell, chrono_init
 from lstm_flax.models.rnn import RNNCell, RNNStack
@@ -20,6 +21,10 @@ __all__ = [
     "ResetBeforeGRUCell",
     "SequenceClassifier",
     "chrono_init",
+    "from_flax",
+    "from_keras",
     "from_torch",
+    "to_flax",
+    "to_keras",
     "to_torch",
 ]

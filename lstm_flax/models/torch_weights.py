@@ -5,18 +5,22 @@ or a vanilla RNN sees; here are [features, gates * hidden_size] kernels and that
 in the same order.
 """
 
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax.core import meta
-from jax.dtypes import issubdtype
 
-Params = dict[str, Any]
-Arrays = dict[str, np.ndarray]
+from lstm_flax.models.torch_files import read_state_dict
+from lstm_flax.models.weight_arrays import Arrays, Params, few, leaves, to_numpy, written
 
 _LAYER = re.compile(r"(weight_ih|weight_hh|weight_hr|bias_ih|bias_hh)_(l\d+(?:_reverse)?)")
+_FIRST = re.compile(r"(.*\.)?weight_[ih]h(?:_l0)?", re.DOTALL)
+_CELL = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+_WRAPPERS = ("module.", "_orig_mod.")  # of nn.DataParallel and torch.compile
 _PARTS = {  # of a layer here, and PyTorch's names for them
     "kernel_ih": "weight_ih",
     "kernel_hh": "weight_hh",
@@ -29,23 +33,31 @@ _Show = Callable[[str, tuple], tuple[str, tuple]]
 """How a message writes a key of PyTorch's and its shape."""
 
 
-def from_torch(state_dict: Any) -> Params:
-    """Convert the weights of a `torch.nn.LSTM`, `GRU` or `RNN`, or of a classifier on one.
+def from_torch(source: Any, prefix: str = "") -> Params:
+    """Convert the weights of a `torch.nn` LSTM, GRU, RNN or cell, or of a classifier on a layer.
 
     With `module = LSTMStack(...)` built with the same sizes and options as the PyTorch layer,
     `module.apply({"params": from_torch(layer)}, x)` computes what that does. A classifier has
     its layers under `rnn.` and its dense layer under `lin.`; its params fit `SequenceClassifier`.
+    The params of an `nn.LSTMCell`, `nn.GRUCell` or `nn.RNNCell` fit the cell of the same name.
 
         >>> import numpy as np
         >>> from lstm_flax import from_torch
-        >>> weights = {"weight_ih_l0": np.ones((12, 5)), "weight_hh_l0": np.ones((12, 3))}
-        >>> biases = {"bias_ih_l0": np.ones(12), "bias_hh_l0": np.ones(12)}
-        >>> {k: v.shape for k, v in from_torch(weights | biases)["l0"].items()}
+        >>> weights = {"rnn.weight_ih_l0": np.ones((12, 5)), "rnn.weight_hh_l0": np.ones((12, 3))}
+        >>> biases = {"rnn.bias_ih_l0": np.ones(12), "rnn.bias_hh_l0": np.ones(12)}
+        >>> model = weights | biases | {"embedding.weight": np.ones((100, 5))}
+        >>> {k: v.shape for k, v in from_torch(model, prefix="rnn.")["l0"].items()}
         {'kernel_ih': (5, 12), 'kernel_hh': (3, 12), 'bias': (12,)}
 
     Args:
-        state_dict: tensors, or anything else that NumPy can read, by PyTorch's names; or a module,
-            which has them in its `state_dict()`.
+        source: a `torch.nn` module; a state dict, whose values are tensors or anything else that
+            NumPy can read; or the path of a `.safetensors` file (needs the extra `safetensors`) or
+            of a `.pt`, `.pth`, `.bin` or `.ckpt` file, which PyTorch 2.6 or newer reads with
+            `weights_only=True`, so that no code in it runs. Names in nested dicts are joined by
+            dots.
+        prefix: where the names of the layer, cell or classifier begin in a model that holds more,
+            such as "encoder.rnn."; the last dot may be left out. Not needed where there is nothing
+            else. What `nn.DataParallel` and `torch.compile` put before all names may be left out.
 
     Returns:
         NumPy arrays that share no memory with PyTorch's, so that training may go on there. float64
@@ -53,23 +65,23 @@ def from_torch(state_dict: Any) -> Params:
         the sums of the two biases too.
 
     Raises:
-        TypeError: this is neither a module nor a mapping.
-        ValueError: a key is missing or not expected, or its value is not floating or misshapen; the
-            message names the key, and the shapes expected and found.
+        TypeError: this is not a module, a mapping or a path.
+        ValueError: no layer has this prefix, and the message lists those that fit; or a key is
+            missing or not expected, or its value is not floating or misshapen, and the message
+            names the key, and the shapes expected and found; or a file is damaged.
+        FileNotFoundError: there is no such file.
+        ImportError: the library that reads such a file is missing.
     """
-    if callable(getattr(state_dict, "state_dict", None)) and not isinstance(state_dict, type):
-        state_dict = state_dict.state_dict()
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(
-            f"from_torch takes a torch.nn module or its state dict, not {_written(state_dict)}"
-        )
-    arrays = {str(key): _to_numpy(str(key), value) for key, value in state_dict.items()}
+    state, start = _below(_state_dict(source), prefix)
+    arrays = {key: to_numpy(start + key, value) for key, value in state.items()}
+    if any(key in arrays for key in _CELL):
+        return _cell_from_torch(arrays, start)
     if not any(key.startswith(("rnn.", "lin.")) for key in arrays):
-        return _layers_from_torch(arrays, prefix="")
+        return _layers_from_torch(arrays, lambda key, shape: (start + key, shape))
     layers = {k.removeprefix("rnn."): v for k, v in arrays.items() if k.startswith("rnn.")}
     head = {k: v for k, v in arrays.items() if not k.startswith("rnn.")}
-    core = _layers_from_torch(layers, prefix="rnn.")
-    _check(head, _head_shapes(head, layers), lambda key, shape: (key, shape))
+    core = _layers_from_torch(layers, lambda key, shape: (f"{start}rnn.{key}", shape))
+    _check(head, _head_shapes(head, layers), lambda key, shape: (start + key, shape))
     return {
         "core": core,
         "head": {"kernel": head["lin.weight"].T.copy(), "bias": head["lin.bias"].copy()},
@@ -77,14 +89,21 @@ def from_torch(state_dict: Any) -> Params:
 
 
 def to_torch(params: Mapping[str, Any]) -> Arrays:
-    """Convert the params of a stack or of a `SequenceClassifier` to a PyTorch state dict.
+    """Convert the params of a stack, a cell or a `SequenceClassifier` to a PyTorch state dict.
 
     The inverse of `from_torch`, which gives back exactly these params. The bias becomes `bias_ih`,
     and `bias_hh` is zero but for the GRU's own.
 
+        >>> import jax, jax.numpy as jnp
+        >>> from lstm_flax import LSTMStack, to_torch
+        >>> variables = LSTMStack(3).init(jax.random.key(0), jnp.ones((2, 7, 5)))
+        >>> {k: v.shape for k, v in to_torch(variables["params"]).items() if "weight" in k}
+        {'weight_hh_l0': (12, 3), 'weight_ih_l0': (12, 5)}
+
     Args:
-        params: of an `LSTMStack`, `RNNStack` or `GRUStack` without layer norm, or of a
-            `SequenceClassifier` on one; boxes such as `nn.Partitioned` are opened.
+        params: of an `LSTMStack`, `RNNStack` or `GRUStack` without layer norm, of one of their
+            cells, or of a `SequenceClassifier` on a stack; boxes such as `nn.Partitioned` are
+            opened.
 
     Returns:
         NumPy arrays that share no memory with JAX's, so that PyTorch may write into them. float64
@@ -96,14 +115,18 @@ def to_torch(params: Mapping[str, Any]) -> Arrays:
             not floating or misshapen; the message names it, and the shapes expected and found.
     """
     if not isinstance(params, Mapping):
-        raise TypeError(f"to_torch takes a mapping of params, not {_written(params)}")
+        raise TypeError(f"to_torch takes a mapping of params, not {written(params)}")
     if "params" in params:
         raise ValueError('to_torch takes variables["params"], not all the variables')
-    arrays = {path: _to_numpy(path, leaf) for path, leaf in _leaves(meta.unbox(params))}
+    arrays = {path: to_numpy(path, leaf) for path, leaf in leaves(meta.unbox(params), "/")}
+    if any(path in arrays for path in _PARTS):
+        layer = {f"l0/{path}": array for path, array in arrays.items()}
+        state = _layers_to_torch(layer, lambda path: path.removeprefix("l0/"))
+        return {key.removesuffix("_l0"): value for key, value in state.items()}
     if not any(path.startswith(("core/", "head/")) for path in arrays):
-        return _layers_to_torch(arrays, prefix="")
+        return _layers_to_torch(arrays, str)
     layers = {k.removeprefix("core/"): v for k, v in arrays.items() if k.startswith("core/")}
-    state = _layers_to_torch(layers, prefix="core/")
+    state = _layers_to_torch(layers, "core/{}".format)
     paths = {"lin.weight": "head/kernel", "lin.bias": "head/bias"}
     keys = {path: key for key, path in paths.items()}
     head = {keys.get(k, k): v.T.copy() for k, v in arrays.items() if not k.startswith("core/")}
@@ -111,34 +134,70 @@ def to_torch(params: Mapping[str, Any]) -> Arrays:
     return {f"rnn.{key}": value for key, value in state.items()} | head
 
 
-def _to_numpy(name: str, value: Any) -> np.ndarray:
-    """A tensor or an array in float32 or float64, perhaps still a view of it."""
-    try:
-        if hasattr(value, "detach"):  # a tensor, perhaps on a GPU, perhaps a trained parameter
-            value = value.detach().cpu()
-            if value.is_floating_point() and value.element_size() < 4:
-                value = value.float()  # NumPy knows no bfloat16
-        array = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} can't be read as an array: {_first_line(error)}") from error
-    if not issubdtype(array.dtype, np.floating):
-        found = _written(value) if array.dtype == object else array.dtype
-        raise ValueError(f"{name} is {found}, not a floating array")
-    return array.astype(np.promote_types(array.dtype, np.float32), copy=False)
+def _state_dict(source: Any) -> dict[str, Any]:
+    """The weights by their names, those of nested dicts joined by dots."""
+    if callable(getattr(source, "state_dict", None)) and not isinstance(source, type):
+        source = source.state_dict()
+    if isinstance(source, str | os.PathLike):
+        source = read_state_dict(Path(source))
+    if not isinstance(source, Mapping):
+        raise TypeError(
+            "from_torch takes a torch.nn module, its state dict or a file of weights, "
+            f"not {written(source)}"
+        )
+    return dict(leaves(source, "."))
 
 
-def _leaves(params: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in params.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{path}{name}/")
-        else:
-            yield f"{path}{name}", value
+def _below(state: dict[str, Any], prefix: str) -> tuple[dict[str, Any], str]:
+    """The weights at a prefix, without it in their names; and the prefix that they really have."""
+    fits = _prefixes(state)
+    wrapper = _wrapper(state)
+    dotted = prefix if not prefix or prefix.endswith(".") else f"{prefix}."
+    for start in (dotted, wrapper + dotted):
+        below = {key.removeprefix(start): key for key in state if key.startswith(start)}
+        within = [fit for fit in fits if fit.startswith(start)]
+        if start in fits:
+            break
+        if len(within) == 1 and all(key.startswith(within[0]) for key in below.values()):
+            return _below(state, within[0])  # nothing else lies there
+    else:
+        if fits:
+            shown = few([repr(fit) for fit in fits], at_most=20)
+            raise ValueError(
+                f"from_torch needs the prefix of one layer, not {prefix!r}; these fit: {shown}"
+            )
+        start, below = "", {key: key for key in state}  # whose first missing key is then named
+    return {name: state[key] for name, key in below.items()}, start
 
 
-def _layers_from_torch(arrays: Arrays, prefix: str) -> Params:
-    def show(key: str, shape: tuple) -> tuple[str, tuple]:
-        return prefix + key, shape
+def _prefixes(state: dict[str, Any]) -> list[str]:
+    """Where a layer's, a cell's or a classifier's names begin."""
+    firsts = filter(None, map(_FIRST.fullmatch, state))
+    layers = dict.fromkeys(match[1] or "" for match in firsts)
+    models = [fit.removesuffix("rnn.") for fit in layers if re.search(r"(^|\.)rnn\.$", fit)]
+    heads = [at for at in models if {f"{at}lin.weight", f"{at}lin.bias"} & state.keys()]
+    return [*layers, *heads]
 
+
+def _wrapper(state: dict[str, Any]) -> str:
+    """What wrappers of modules put before all names."""
+    found = ""
+    while state and (
+        more := [w for w in _WRAPPERS if all(key.startswith(found + w) for key in state)]
+    ):
+        found += more[0]
+    return found
+
+
+def _cell_from_torch(arrays: Arrays, start: str) -> Params:
+    """A cell's parameters: those of a layer, by the cell's own names."""
+    layer = {f"{key}_l0" if key in _CELL else key: value for key, value in arrays.items()}
+    return _layers_from_torch(layer, lambda key, shape: (start + key.removesuffix("_l0"), shape))[
+        "l0"
+    ]
+
+
+def _layers_from_torch(arrays: Arrays, show: _Show) -> Params:
     expected = _expected_shapes(arrays, show)
     _check(arrays, expected, show)
     num_gates, hidden_size = _gates_and_hidden(arrays)
@@ -157,19 +216,20 @@ def _layers_from_torch(arrays: Arrays, prefix: str) -> Params:
     return params
 
 
-def _layers_to_torch(arrays: Arrays, prefix: str) -> Arrays:
+def _layers_to_torch(arrays: Arrays, full_path: Callable[[str], str]) -> Arrays:
+    """A stack's state dict; a message names a parameter by its full path."""
     paths: dict[str, str] = {}  # by PyTorch's keys
     for path in arrays:
         name, _, part = path.partition("/")
         key = f"{_PARTS.get(part)}_{name}"
         if not _LAYER.fullmatch(key):
-            raise ValueError(f"PyTorch has no place for {prefix}{path}")
+            raise ValueError(f"PyTorch has no place for {full_path(path)}")
         paths[key] = path
 
     def show(key: str, shape: tuple) -> tuple[str, tuple]:
         part, name = _LAYER.fullmatch(key).groups()  # type: ignore[union-attr]
         ours = next(ours for ours, theirs in _PARTS.items() if theirs == part)
-        return f"{prefix}{name}/{ours}", shape[::-1]
+        return full_path(f"{name}/{ours}"), shape[::-1]
 
     state = {key: arrays[path].T.copy() for key, path in paths.items()}
     shapes = _expected_shapes(state, show)
@@ -202,7 +262,7 @@ def _expected_shapes(arrays: Arrays, show: _Show) -> dict[str, tuple]:
             raise ValueError(f"{name} has shape {shape}, which is of no matrix")
         if key not in arrays and key != "weight_hr_l0":
             there = [show(key, ())[0] for key in arrays] or ["nothing"]
-            raise ValueError(f"{show(key, ())[0]} is missing; there is {_few(there)}")
+            raise ValueError(f"{show(key, ())[0]} is missing; there is {few(there)}")
     num_gates, hidden = _gates_and_hidden(arrays)
     has_projection = "weight_hr_l0" in arrays
     rows = num_gates * hidden
@@ -259,15 +319,3 @@ def _check(arrays: Arrays, expected: dict[str, tuple], show: _Show) -> None:
             problems.append(f"{name} is not expected, found with shape {shown}")
     if problems:
         raise ValueError("; ".join(problems))
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-
-
-def _written(value: Any) -> str:
-    return str(value) if value is None or isinstance(value, type) else type(value).__name__
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

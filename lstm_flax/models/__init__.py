@@ -1,9 +1,10 @@
-"""The recurrent layers, the classifier on top of them, and PyTorch's weights."""
+"""The recurrent layers, the classifier on top of them, and weights for PyTorch and ONNX."""
 
 from lstm_flax.models.cell_stack import CellStack
 from lstm_flax.models.classifier import LSTMClassifier, SequenceClassifier
 from lstm_flax.models.gru import GRUCell, GRUStack, ResetBeforeGRUCell
 from lstm_flax.models.lstm import LSTMCell, LSTMStack, PeepholeLSTMCell, chrono_init
+from lstm_flax.models.onnx_weights import to_onnx
 from lstm_flax.models.rnn import RNNCell, RNNStack
 from lstm_flax.models.torch_weights import from_torch, to_torch
 
@@ -21,5 +22,6 @@ __all__ = [
     "SequenceClassifier",
     "chrono_init",
     "from_torch",
+    "to_onnx",
     "to_torch",
 ]

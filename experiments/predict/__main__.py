@@ -1,6 +1,7 @@
 """Read the digits in picture files with a trained model.
 
     python -m experiments.predict --workdir runs/mnist_lstm digit.png photos/ [--json]
+    python -m experiments.predict --model digits.onnx digit.png photos/ [--json]
 
 Takes PNG, JPEG, WebP, GIF, BMP and TIFF files, one digit a picture, dark on light or light on dark,
 and folders of them. Prints a line a picture: the label, its probability and the runner-up. A file
@@ -12,20 +13,20 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
+from scipy.special import softmax
 
+from experiments.export.reading import BATCH_SIZE, ExportError, read_export
 from experiments.harness.command import command
 from experiments.harness.usage import UsageError, printable, read_flags
 from experiments.predict.digit_image import ENDINGS, DigitImageError, read_digit_image
 from experiments.training_run.console import warn
-from experiments.training_run.restored import RestoredRun, classifier, restore_run
 from experiments.training_run.run_files import RunFilesError
-from lstm_flax.checkpoints import CheckpointError
 
 PATIENCE = 0.2
 """Seconds for which an answer may wait for more pictures, to be computed in one batch with them."""
@@ -39,23 +40,59 @@ class Options:
     """Picture files, and folders, of which all files are read that are named as pictures."""
     workdir: Path = Path("runs/mnist_lstm")
     """Where the trained run lives."""
+    model: Path | None = None
+    """An export to read with, instead of a run."""
     json: bool = False
     """Print a line of JSON a picture, with the probabilities of all classes."""
 
 
-@command(RunFilesError, CheckpointError)
+class Reader(NamedTuple):
+    """What reads images, and how many of them it computes at once."""
+
+    classify: Callable[[np.ndarray], np.ndarray]  # uint8 [n, 28, 28] to probabilities [n, classes]
+    batch_size: int
+
+
+@command(RunFilesError, ExportError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Predict from a command line; returns the exit status."""
     options = read_flags(Options, argv, name="predict", description=__doc__)
     if not options.pictures:
         raise UsageError("name the pictures to read, files or folders")
-    trained = restore_run(options.workdir)
-    return 2 if predict(trained, options) else 0
+    reader = of_run(options.workdir) if options.model is None else of_export(options.model)
+    return 2 if predict(reader, options) else 0
 
 
-def predict(trained: RestoredRun, options: Options) -> int:
+def of_run(workdir: Path) -> Reader:
+    """Return the reader that a run has trained.
+
+    Raises:
+        RunFilesError: as `restore_run` does.
+        UsageError: no checkpoint can be restored.
+    """
+    from experiments.training_run.restored import classifier, restore_run  # imports Flax
+    from lstm_flax.checkpoints import CheckpointError
+
+    try:
+        trained = restore_run(workdir)
+    except CheckpointError as error:
+        raise UsageError(str(error)) from error
+    return Reader(classifier(trained), trained.config.batch_size)
+
+
+def of_export(path: Path) -> Reader:
+    """Return the reader in an export.
+
+    Raises:
+        ExportError: the file is no export.
+    """
+    logits = read_export(path).logits
+    return Reader(lambda images: softmax(logits(images), axis=-1), BATCH_SIZE)
+
+
+def predict(reader: Reader, options: Options) -> int:
     """Print each picture's answer as it comes; returns how many pictures are skipped."""
-    classify, show = classifier(trained), json_line if options.json else line
+    classify, show = reader.classify, json_line if options.json else line
     files, skipped = [], 0
     for path in options.pictures:
         found = picture_files(path)
@@ -81,7 +118,7 @@ def predict(trained: RestoredRun, options: Options) -> int:
             answer()
             warn(f"skipped: {error}")
             skipped += 1
-        if len(waiting) == trained.config.batch_size or time.monotonic() > answered + PATIENCE:
+        if len(waiting) == reader.batch_size or time.monotonic() > answered + PATIENCE:
             answer()
             answered = time.monotonic()
     answer()

@@ -79,14 +79,14 @@ def onnx(run: RestoredRun) -> bytes:
     order = pixel_order(run)  # where a sequence has which pixel
     constants = {
         "largest": np.array(255, np.float32),
-        "flat": np.array([0, order.size]),
+        "count": np.array([0, order.size]),
         "order": order,
     }
     to_sequence = helper.make_graph(
         [
             helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),
             helper.make_node("Div", ["floats", "largest"], ["ink"]),
-            helper.make_node("Reshape", ["ink", "flat"], ["pixels"]),
+            helper.make_node("Reshape", ["ink", "count"], ["pixels"]),
             helper.make_node("Gather", ["pixels", "order"], ["sequence"], axis=1),
         ],
         "images_to_sequences",
@@ -97,7 +97,8 @@ def onnx(run: RestoredRun) -> bytes:
     first = helper.make_model(
         to_sequence, opset_imports=model.opset_import, ir_version=model.ir_version
     )
-    both = compose.merge_models(first, model, io_map=[("sequence", "x")], prefix1="images_")
+    both = compose.merge_models(first, model, io_map=[("sequence", "x")])
+    del both.opset_import[1:]  # it has one for each of the two
     return both.SerializeToString()
 
 

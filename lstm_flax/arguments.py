@@ -52,6 +52,15 @@ def check_integer(name: str, value: Any, lowest: int = 1, below: int | None = No
     )
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Check that a value is True or False; NumPy's are accepted, 0 and 1 are not.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    check(name, value, "True or False", lambda v: isinstance(v, bool | np.bool_))
+
+
 def check_rate(name: str, value: Any, *, may_be_one: bool = False) -> None:
     """Check that a value is a probability less than 1, or also 1 with `may_be_one`.
 

@@ -106,7 +106,7 @@ def test_the_kernels_take_fewer_cycles_and_operations_than_the_scan(monkeypatch)
     monkeypatch.setenv("TPU_LIBRARY_PATH", LIBTPU)
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     scan, kernels = (
-        tpu.compiled_apart("v5e", tpu.Program(name, "train", 128, "bfloat16"))
+        tpu.compile_apart("v5e", tpu.Program(name, "train", 128, "bfloat16"))
         for name in ("scan", "auto")
     )
     print(scan, kernels)

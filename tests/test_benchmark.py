@@ -1,4 +1,3 @@
-import dataclasses
 import importlib.util
 import json
 
@@ -10,20 +9,10 @@ from printed import table_rows
 
 from experiments.benchmark import jax_peers, onnx_peer, peers, torch_peers
 from experiments.benchmark.__main__ import main
-from experiments.benchmark.cases import (
-    STAR,
-    Case,
-    as_json,
-    examples,
-    forward_flops,
-    parse_case,
-    parse_cases,
-    train_flops,
-    weights,
-)
-from experiments.benchmark.framework import Unavailable
+from experiments.benchmark.cases import GROUPS, Case, examples, flops, parse_cases, weights
 from experiments.benchmark.job import Job, job_table, run, write_idx
 from experiments.benchmark.measure import PeerError, check_same, peak_bytes
+from experiments.benchmark.peers import Unavailable
 from experiments.benchmark.report import ratio
 from lstm_flax import LSTMClassifier, from_torch
 
@@ -98,7 +87,8 @@ def test_a_ratio_pairs_the_rounds():
 
 @pytest.mark.parametrize("case", [TINY, Case(2, 3, 5, 4, 1), Case(1, 2, 1, 3, 3)])
 def test_flops_are_those_of_the_products(case):
-    layers, head = weights(case)
+    params = from_torch(weights(case))
+    layers, head = [params["core"][f"l{k}"] for k in range(case.layers)], params["head"]
     images, labels = examples(case)
     # Where training starts from, too, so that no product of the backward pass is left out.
     starts = [np.zeros((2, case.batch, case.hidden), np.float32) for _ in layers]
@@ -119,8 +109,8 @@ def test_flops_are_those_of_the_products(case):
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1).mean()
 
     parameters = (layers, head, starts)
-    assert product_flops(jax.make_jaxpr(loss)(parameters).jaxpr) == forward_flops(case)
-    assert product_flops(jax.make_jaxpr(jax.grad(loss))(parameters).jaxpr) == train_flops(case)
+    assert product_flops(jax.make_jaxpr(loss)(parameters).jaxpr) == flops(case, "infer")
+    assert product_flops(jax.make_jaxpr(jax.grad(loss))(parameters).jaxpr) == flops(case, "train")
 
 
 def product_flops(jaxpr):
@@ -181,7 +171,7 @@ def test_onnx_runtime_computes_the_same_and_says_what_it_can_not():
 
 @pytest.mark.parametrize("mode", ["infer", "train"])
 def test_examples_one_by_one_give_the_same(mode):
-    mapped = dataclasses.replace(TINY, mapped=1)
+    mapped = TINY._replace(mapped=1)
     expected = jax_peers.build_ours(TINY, mode)()
     np.testing.assert_allclose(jax_peers.build_ours(mapped, mode)(), expected, atol=1e-6)
 
@@ -189,8 +179,8 @@ def test_examples_one_by_one_give_the_same(mode):
 def test_the_weights_reach_cudnn_in_its_order():
     from jax.experimental import rnn
 
-    layers, head = weights(TINY)
-    packed = jnp.asarray(jax_peers.pack_for_cudnn(layers))
+    head = from_torch(weights(TINY))["head"]
+    packed = jnp.asarray(jax_peers.pack_for_cudnn(weights(TINY)))
     unpacked = rnn.unpack_lstm_weights(packed, TINY.features, TINY.hidden, TINY.layers, False)
     zeros = jnp.zeros((TINY.layers, TINY.batch, TINY.hidden))
     lengths = jnp.full(TINY.batch, TINY.time, jnp.int32)
@@ -205,7 +195,7 @@ def test_the_weights_reach_cudnn_in_its_order():
 def test_memory_grows_by_what_training_keeps():
     case = Case(batch=512, time=40, features=4, hidden=64, layers=1)
     kept = 4 * case.batch * case.time * case.hidden * 4  # bytes of four gates in float32
-    grown = peak_bytes("flax.linen.RNN", {"case": as_json(case), "mode": "train"})
+    grown = peak_bytes("flax.linen.RNN", case, "train")
     assert kept < grown < 100 * kept
 
 
@@ -225,15 +215,16 @@ def test_other_results_are_no_comparison():
 
 
 def test_cases_are_read_as_they_differ_from_the_centre():
-    assert parse_case("batch=1") == Case(batch=1)
     assert parse_cases("vmap")[1].mapped == 1
     assert parse_cases("batch=1") == [Case(batch=1)]
-    assert parse_case("time=784,features=1") in STAR
-    assert len(set(STAR)) == len(STAR) == 9
+    (pixels,) = parse_cases("time=784,features=1")
+    star = parse_cases("star")
+    assert pixels in star
+    assert len(set(star)) == len(star) == len(GROUPS["star"]) == 9
     with pytest.raises(ValueError, match="'width' is none of batch, time"):
-        parse_case("width=3")
+        parse_cases("width=3")
     with pytest.raises(ValueError, match="hidden must be a positive integer"):
-        parse_case("hidden=0")
+        parse_cases("hidden=0")
 
 
 @pytest.mark.parametrize(
@@ -267,16 +258,16 @@ def test_a_whole_job_runs_on_both_sides(data_dir, tmp_path):
     sizes = ("--hidden-size", "8", "--num-layers", "1", "--batch-size", "500")
     recipe = " ".join(["--epochs 1", *sizes])
     job = Job("mnist5k", data_dir, idx, tmp_path, 1, 1, recipe, accuracy=0.01, sizes=sizes)
-    has_torch = is_installed("torch")
+    sides = ["lstm_flax", "torch"] if is_installed("torch") else ["lstm_flax"]
     done = []
-    results = run(job, has_torch, done.append)
+    results = run(job, sides, done.append)
 
-    assert set(results) == ({"lstm_flax", "torch"} if has_torch else {"lstm_flax"})
-    assert len(done) == 2 * len(results)
+    assert list(results) == sides
+    assert len(done) == 2 * len(sides)
     for side in results.values():
         (start,) = side["starts"]
         assert 0 < start.ready < start.whole
-        assert 0 < start.epoch < start.whole
+        assert 0 < start.seconds < start.whole
         assert side["reached"].epochs == 1
         assert side["reached"].accuracy >= 0.01
     rows = table_rows(job_table(results, job))

@@ -7,8 +7,8 @@ def test_every_experiment_is_listed_with_what_it_does():
     assert found["experiments.benchmark"].startswith("Compare LSTM implementations")
     names = {name.removeprefix("experiments.") for name in found}
     assert names == {
-        "accuracy", "benchmark", "depth", "draw", "gradient_flow", "mnist_lstm", "predict",
-        "read_digit", "report", "scaling",
+        "accuracy", "benchmark", "depth", "draw", "export", "gradient_flow", "mnist_lstm",
+        "predict", "read_digit", "report", "scaling",
     }  # fmt: skip
 
 

@@ -4,24 +4,25 @@
     python -m experiments.benchmark --job [--manual-dir FOLDER]
     python -m experiments.benchmark --tpu v5e
 
-Prints tables in Markdown. The figure that counts is how many times as fast as each peer this
-project is: the median over rounds, in each of which all peers have a turn, and its quartiles.
+Prints tables in Markdown. The number that counts is how many times as fast as each peer this
+project is: the median over rounds and its quartiles. In a round all peers take turns.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
 
 from experiments.benchmark import job as jobs
-from experiments.benchmark import report, tpu
-from experiments.benchmark.cases import QUICK, STAR, Case, parse_cases
+from experiments.benchmark import report
+from experiments.benchmark.cases import GROUPS, QUICK, Case, parse_cases
 from experiments.benchmark.measure import MODES, Mode, PeerError, Settings, measure
 from experiments.benchmark.peers import OURS, PEERS
 from experiments.harness.command import command
@@ -42,38 +43,38 @@ class Options:
     """The flags, with their defaults."""
 
     peers: tuple[str, ...] = tuple(PEERS)
-    """Whom to compare with; this project is always there."""
+    """Implementations to compare with; this project always takes part."""
     implementations: tuple[str, ...] = ()
-    """Of this project, by name, each as a peer too; without them it chooses one by itself."""
+    """Implementations of this project to add as peers, such as scan; without them it chooses."""
     cases: tuple[str, ...] = ()
-    """Sizes as they differ from the centre, such as batch=1 hidden=64,layers=3, or the groups
-    latency, vmap, busy and grid; none: the group star."""
+    """Sizes by their differences from the centre, such as batch=1 hidden=64,layers=3, or the groups
+    latency, vmap, busy and grid; default: the group star."""
     modes: tuple[Mode, ...] = MODES
     """What to time of each case."""
     quick: bool = False
-    """Three cases of the star."""
+    """Measure only three cases of the star."""
     rounds: int = 7
     """Turns of each peer, for each case and mode."""
     seconds: float = 0.5
-    """How long a turn takes, about, in seconds; at least one call."""
+    """Approximate length of a turn, in seconds; at least one call."""
     memory: bool = True
-    """Measure memory too, in a fresh process for each figure."""
+    """Measure memory too, each time in a fresh process."""
     job: bool = False
     """Run whole jobs instead: start, one epoch, time to 99% of the test images."""
     job_rounds: int = 3
-    """With --job: epochs of each side, in turn; from the second on it is compiled already."""
+    """With --job: epochs of each side, in turns; only the first one compiles."""
     dataset: DatasetName = "auto"
-    """With --job: what to learn, as for experiments.mnist_lstm."""
+    """With --job: dataset to train on, as for experiments.mnist_lstm."""
     data_dir: Path | None = None
-    """With --job: tfds's folder; None is tfds's own default."""
+    """With --job: folder of tfds's datasets; None is tfds's own default."""
     manual_dir: Path | None = None
-    """With --job: folder with the four original IDX .gz files, in place of a download."""
+    """With --job: folder with the four original IDX .gz files, used instead of a download."""
     recipe: str = ""
-    """With --job: flags of experiments.mnist_lstm on its way to 99%: --recipe="--epochs 5"."""
+    """With --job: flags of experiments.mnist_lstm on the way to 99%: --recipe="--epochs 5"."""
     max_epochs: int = 20
-    """With --job: epochs of the reference on its way to 99%, at most."""
+    """With --job: maximum number of epochs of the reference on the way to 99%."""
     tpu: Literal["v5e", "v6e"] | None = None
-    """Compile the layers for such a TPU instead, which need not be there; needs libtpu."""
+    """Compile the layers for this TPU instead, which need not be there; needs libtpu."""
     json: Path | None = None
     """Write every raw timing and the environment to this file."""
     plot: Path | None = None
@@ -84,16 +85,20 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark from a command line; returns the exit status."""
     options = read_flags(Options, argv, name="benchmark", description=__doc__)
-    check(options)
+    cases = check(options)
     if options.tpu:
+        from experiments.benchmark import tpu  # imports JAX and the layers
+
         print(tpu.tables(options.tpu))
+    elif options.job:
+        run_job(options)
     else:
-        run_job(options) if options.job else run_cases(options)
+        run_cases(options, cases)
     return 0
 
 
-def check(options: Options) -> None:
-    """Refuse at once what would be wrong only after all is measured.
+def check(options: Options) -> list[Case]:
+    """Check the flags before anything is measured; returns the cases that they name.
 
     Raises:
         UsageError: a flag's value can't be used.
@@ -102,45 +107,26 @@ def check(options: Options) -> None:
     if unknown := [peer for peer in options.peers if peer not in PEERS]:
         raise UsageError(f"--peers: {unknown[0]!r} is none of {', '.join(PEERS)}")
     if options.quick and options.cases:
-        raise UsageError("--quick and --cases both say which cases; give one of them")
+        raise UsageError("--quick and --cases both choose the cases; pass only one of them")
     if options.plot:
         check_packages("benchmark", "matplotlib", what="--plot")
     for path in (options.json, options.plot):
         if path is not None and not path.parent.is_dir():
             raise UsageError(f"there is no folder {path.parent} for {path.name}")
-
-
-def chosen_cases(options: Options) -> list[Case]:
-    """The cases that the flags ask for.
-
-    Raises:
-        UsageError: one can't be read.
-    """
-    if options.quick:
-        return QUICK
     try:
-        return [case for text in options.cases for case in parse_cases(text)] or STAR
+        cases = [case for text in options.cases for case in parse_cases(text)]
     except ValueError as error:
         raise UsageError(f"--cases: {error}") from error
+    return QUICK if options.quick else cases or GROUPS["star"]
 
 
-def chosen_peers(options: Options) -> list[str]:
-    """The peers that the flags ask for, this project first."""
+def run_cases(options: Options, cases: Sequence[Case]) -> None:
+    """Measure all peers on all cases; print, write and draw the results."""
     implementations = [f"{OURS}:{name}" for name in options.implementations]
-    return list(dict.fromkeys([OURS, *implementations, *options.peers]))
-
-
-def run_cases(options: Options) -> None:
-    """Measure, print, write and draw."""
-    cases, peers = chosen_cases(options), chosen_peers(options)
+    peers = list(dict.fromkeys([OURS, *implementations, *options.peers]))
     settings = Settings(options.rounds, options.seconds, options.memory, options.modes)
     print_status(f"measuring {counted(len(cases), 'case')} with {counted(len(peers), 'peer')}")
-    with tqdm(total=len(cases) * len(options.modes), unit=" cases", disable=None) as bar:
-
-        def advance(done: str) -> None:
-            bar.set_postfix_str(done, refresh=False)
-            bar.update()
-
+    with progress_bar(len(cases) * len(options.modes), " cases") as advance:
         results = measure(peers, cases, settings, advance)
     print(report.tables(results, peers))
     write_json(options, report.as_values(results))
@@ -149,61 +135,60 @@ def run_cases(options: Options) -> None:
 
 
 def run_job(options: Options) -> None:
-    """Run whole jobs, print and write."""
-    with_torch = importlib.util.find_spec("torch") is not None
-    with tempfile.TemporaryDirectory() as scratch:
-        job = prepare_job(options, Path(scratch))
-        turns = jobs.turns(job, with_torch)
-        print_status(f"running {counted(turns, 'job')}")
-        with tqdm(total=turns, unit=" runs", disable=None) as bar:
+    """Run whole jobs; print and write the results. Preparing the data is not timed.
 
-            def advance(done: str) -> None:
-                bar.set_postfix_str(done, refresh=False)
-                bar.update()
+    Raises:
+        UsageError: the data can't be prepared.
+    """
+    from lstm_flax import data  # takes seconds to import
 
-            results = jobs.run(job, with_torch, advance)
+    has_torch = importlib.util.find_spec("torch") is not None
+    sides = list(jobs.READY) if has_torch else [OURS]
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        try:
+            builder = data.prepare(options.dataset, options.data_dir, options.manual_dir)
+            splits = {"train": "train", "t10k": "test"}
+            jobs.write_idx(scratch, {n: data.read_split(builder, s) for n, s in splits.items()})
+        except data.DataError as error:
+            raise UsageError(str(error)) from error
+        job = jobs.Job(
+            builder.name,
+            options.data_dir,
+            scratch,
+            scratch,
+            options.job_rounds,
+            options.max_epochs,
+            options.recipe,
+        )
+        runs = len(sides) * (job.rounds + 1)
+        print_status(f"running {counted(runs, 'job')}")
+        with progress_bar(runs, " runs") as advance:
+            results = jobs.run(job, sides, advance)
     print(jobs.job_table(results, job))
-    if not with_torch:
+    if not has_torch:
         print("- torch: not installed: pip install torch")
     values = {
-        side: {
-            "starts": [start._asdict() for start in result["starts"]],
-            "reached": result["reached"]._asdict(),
-        }
-        for side, result in results.items()
+        side: {"starts": [t._asdict() for t in of["starts"]], "reached": of["reached"]._asdict()}
+        for side, of in results.items()
     }
     write_json(options, {"job": values})
 
 
-def prepare_job(options: Options, scratch: Path) -> jobs.Job:
-    """Prepare the data for both sides, which is no part of what is timed.
+@contextlib.contextmanager
+def progress_bar(total: int, unit: str) -> Iterator[Callable[[str], None]]:
+    """Show a progress bar, and hand out the function that advances it and says what was done."""
+    with tqdm(total=total, unit=unit, disable=None) as bar:
 
-    Raises:
-        UsageError: the data can't be had.
-    """
-    from lstm_flax import data  # takes seconds to import
+        def advance(done: str) -> None:
+            bar.set_postfix_str(done, refresh=False)
+            bar.update()
 
-    try:
-        builder = data.prepare(options.dataset, options.data_dir, options.manual_dir)
-        splits = {name: data.read_split(builder, name) for name in ("train", "test")}
-    except data.DataError as error:
-        raise UsageError(str(error)) from error
-    folder = scratch / "idx"
-    folder.mkdir()
-    jobs.write_idx(folder, {"train": splits["train"], "t10k": splits["test"]})
-    return jobs.Job(
-        builder.name,
-        options.data_dir,
-        folder,
-        scratch,
-        options.job_rounds,
-        options.max_epochs,
-        options.recipe,
-    )
+        yield advance
 
 
 def write_json(options: Options, values: dict[str, Any]) -> None:
-    """Write what was measured, where and how, if that was asked for."""
+    """Write what was measured, on which machine and with which flags, to `--json` if given."""
     if options.json:
         flags = dataclasses.asdict(options)
         # Folders are the machine's own affair.

@@ -1,17 +1,15 @@
 """What the benchmark computes: shapes, the same random images and weights for all, and FLOPs."""
 
-import dataclasses
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 CLASSES = 10
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """The sizes of one piece of work; the defaults are the MNIST experiment's."""
+class Case(NamedTuple):
+    """Sizes of one piece of work; the defaults are the MNIST experiment's."""
 
     batch: int = 128  # images
     time: int = 28  # steps of the sequence
@@ -23,7 +21,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """How tables call it."""
+        """The case in words, for tables."""
         steps = "1 step" if self.time == 1 else f"{self.time} steps"
         name = f"{self.layers} x {self.hidden}, batch {self.batch}, {steps} of {self.features}"
         return name + ", vmap" * bool(self.mapped) + f", {self.busy} busy" * bool(self.busy)
@@ -39,12 +37,11 @@ AXES = {
 }
 """A star: from the centre, one size at a time."""
 
-STAR = list(dict.fromkeys(case for cases in AXES.values() for case in cases))
 QUICK = [CENTRE, Case(batch=1), Case(hidden=64)]
 
 _ALL = itertools.product([16, 64, 256, 1024], [1, 16, 128, 1024], [1, 28, 1000], [1, 2])
 GROUPS = {
-    "star": STAR,
+    "star": list(dict.fromkeys(case for cases in AXES.values() for case in cases)),
     "latency": [
         Case(hidden=64, layers=1, batch=1, time=1),
         Case(batch=1, time=1),
@@ -57,107 +54,71 @@ GROUPS = {
     ],
     "vmap": [Case(batch=256, hidden=64), Case(batch=256, hidden=64, mapped=1)],
     "busy": [Case(batch=3, time=20, hidden=64, busy=2), Case(batch=6, busy=2)],
-    # All that a machine with a few GB computes in a second or so.
+    # Everything that a machine with a few GB computes in a second or so.
     "grid": [
         Case(b, t, hidden=h, layers=k) for h, b, t, k in _ALL if b * t * h * (h + 256) * k < 2**34
     ],
 }
-"""By the names that a command line may give for them."""
+"""Cases by the names that `--cases` takes."""
 
 
 def parse_cases(text: str) -> list[Case]:
-    """Read a group's name, or a case as `parse_case` does.
+    """Parse the name of a group, or a case by its differences from the centre: `batch=1,time=784`.
 
     Raises:
-        ValueError: it is neither; the message says why.
+        ValueError: a name is unknown, or a size is no positive integer; the message says which.
     """
-    return GROUPS[text] if text in GROUPS else [parse_case(text)]
-
-
-def parse_case(text: str) -> Case:
-    """Read a case as it differs from the centre: `batch=1` or `time=784,features=1`.
-
-    Raises:
-        ValueError: a size is unknown or no positive integer; the message says which.
-    """
+    if text in GROUPS:
+        return GROUPS[text]
     sizes = {}
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
-        if name not in {field.name for field in dataclasses.fields(Case)}:
-            known = ", ".join(field.name for field in dataclasses.fields(Case))
-            raise ValueError(
-                f"{text!r}: {name!r} is none of {known}, nor of the groups {', '.join(GROUPS)}"
-            )
+        if name not in Case._fields:
+            sizes_and_groups = f"{', '.join(Case._fields)}, nor of the groups {', '.join(GROUPS)}"
+            raise ValueError(f"{text!r}: {name!r} is none of {sizes_and_groups}")
         if not size.isdecimal() or int(size) < 1:
             raise ValueError(f"{text!r}: {name} must be a positive integer")
         sizes[name] = int(size)
-    return dataclasses.replace(CENTRE, **sizes)
-
-
-def forward_flops(case: Case) -> int:
-    """FLOPs of the matrix products of one inference, a multiplication and an addition being two."""
-    layers = sum(
-        2 * case.batch * case.time * 4 * case.hidden * (inputs + case.hidden)
-        for inputs in _layer_inputs(case)
-    )
-    return layers + 2 * case.batch * case.hidden * CLASSES
-
-
-def train_flops(case: Case) -> int:
-    """FLOPs of the matrix products of one train step.
-
-    The backward pass has two products for each one of the forward pass, the gradients of its two
-    factors, but nobody asks for the gradient of the images.
-    """
-    of_images = 2 * case.batch * case.time * 4 * case.hidden * case.features
-    return 3 * forward_flops(case) - of_images
+    return [CENTRE._replace(**sizes)]
 
 
 def flops(case: Case, mode: str) -> int:
-    """FLOPs of one call; `mode` is "infer" or "train"."""
-    return train_flops(case) if mode == "train" else forward_flops(case)
+    """Return the FLOPs of the matrix products in one call; a multiply-add counts as two.
+
+    The backward pass has two products for each product of the forward pass, one for the gradient of
+    each factor. The gradient of the images is not computed.
+
+    Args:
+        case: the sizes.
+        mode: "infer" or "train".
+    """
+    per_input = 2 * case.batch * case.time * 4 * case.hidden  # all four gates
+    inputs = case.features + case.hidden * (2 * case.layers - 1)  # x and h of every layer
+    forward = per_input * inputs + 2 * case.batch * case.hidden * CLASSES
+    return forward if mode == "infer" else 3 * forward - per_input * case.features
 
 
 def examples(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Random images float32 [batch, time, features] in [0, 1), and labels int32 [batch]."""
+    """Return random images float32 [batch, time, features] in [0, 1), and labels int32 [batch]."""
     rng = np.random.default_rng(0)
     images = rng.random((case.batch, case.time, case.features), dtype=np.float32)
     return images, rng.integers(0, CLASSES, case.batch, dtype=np.int32)
 
 
-class Weights(NamedTuple):
-    """A model's weights, in the layout of `lstm_flax`: the gates i, f, g, o side by side."""
+def weights(case: Case) -> dict[str, np.ndarray]:
+    """Return a state dict, float32, of `nn.LSTM` under `rnn.` and `nn.Linear` under `lin.`.
 
-    layers: list[dict[str, np.ndarray]]
-    """`kernel_ih` [inputs, 4 * hidden], `kernel_hh` [hidden, 4 * hidden], `bias` [4 * hidden]."""
-    head: dict[str, np.ndarray]
-    """`kernel` [hidden, classes], `bias` [classes]."""
-
-
-def weights(case: Case) -> Weights:
-    """Random weights, as `torch.nn.LSTM` draws them: even, up to the root of one over hidden."""
+    The values are drawn as PyTorch draws them: uniform, up to 1 / sqrt(hidden).
+    """
     rng = np.random.default_rng(1)
-    bound = case.hidden**-0.5
-    gates = 4 * case.hidden
-
-    def draw(*shape: int) -> np.ndarray:
-        return rng.uniform(-bound, bound, shape).astype(np.float32)
-
-    layers = [
-        {
-            "kernel_ih": draw(inputs, gates),
-            "kernel_hh": draw(case.hidden, gates),
-            "bias": draw(gates),
+    shapes: dict[str, tuple[int, ...]] = {}
+    for k in range(case.layers):
+        gates, inputs = 4 * case.hidden, case.hidden if k else case.features
+        shapes |= {
+            f"rnn.weight_ih_l{k}": (gates, inputs),
+            f"rnn.weight_hh_l{k}": (gates, case.hidden),
         }
-        for inputs in _layer_inputs(case)
-    ]
-    return Weights(layers, {"kernel": draw(case.hidden, CLASSES), "bias": draw(CLASSES)})
-
-
-def _layer_inputs(case: Case) -> list[int]:
-    return [case.features] + [case.hidden] * (case.layers - 1)
-
-
-def as_json(case: Case) -> dict[str, Any]:
-    """A case as JSON values."""
-    return dataclasses.asdict(case)
+        shapes |= {f"rnn.bias_ih_l{k}": (gates,), f"rnn.bias_hh_l{k}": (gates,)}
+    shapes |= {"lin.weight": (CLASSES, case.hidden), "lin.bias": (CLASSES,)}
+    bound = case.hidden**-0.5
+    return {n: rng.uniform(-bound, bound, shape).astype(np.float32) for n, shape in shapes.items()}

@@ -1,7 +1,7 @@
 """Whole jobs, from the command line to a result: this project's experiment beside the reference.
 
-Both run as a user runs them, as processes of their own and in turn, on the same images. What they
-print says how far they are.
+Both run as a user runs them, in turns and as processes of their own, on the same images. What they
+print tells how far they are.
 """
 
 import json
@@ -11,8 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +20,8 @@ import numpy as np
 from experiments.harness.markdown import table
 
 READY = {"lstm_flax": "compiled", "torch": "first step"}
-"""How the line begins that ends a start. This project prints it before its first step, right after
-compiling it, the reference after its first step."""
+"""By side, how the line begins that ends a start. This project prints it after compiling, right
+before its first step, and the reference after its first step."""
 
 
 class JobError(Exception):
@@ -33,39 +32,32 @@ class Job(NamedTuple):
     """What to run."""
 
     dataset: str  # prepared already
-    data_dir: Path | None  # tfds's, as of the experiment
-    idx_folder: Path  # the same images in unpacked IDX files
+    data_dir: Path | None  # tfds's, for the experiment
+    idx_folder: Path  # the same images in unpacked IDX files, for the reference
     scratch: Path  # an empty folder
-    rounds: int = 3  # of one epoch each
-    max_epochs: int = 20  # of the reference, on its way to the accuracy
-    recipe: str = ""  # further flags of the experiment, on its way there
+    rounds: int  # of one epoch each
+    max_epochs: int  # of the reference, until the accuracy
+    recipe: str  # further flags of the experiment, until the accuracy
     accuracy: float = 0.99  # fraction of the test images
     sizes: tuple[str, ...] = ("--hidden-size", "256", "--num-layers", "2", "--batch-size", "128")
 
 
-class Start(NamedTuple):
-    """One process that trained and evaluated for one epoch; all in seconds."""
+class Timing(NamedTuple):
+    """How long a process took."""
 
-    ready: float  # from the start of the process to the line that `READY` describes
-    epoch: float  # training and evaluation alone
-    whole: float  # from the start of the process to the end of the epoch
-
-
-class Reached(NamedTuple):
-    """How an accuracy was reached, or was not."""
-
-    accuracy: float  # after the last epoch that was run
+    ready: float  # seconds from its start to the line that `READY` describes
     epochs: int
-    seconds: float  # training and evaluation alone
-    whole: float  # seconds from the start of the process
+    seconds: float  # of training and evaluation alone
+    whole: float  # seconds from its start to the end of its last epoch
+    accuracy: float  # on the test images, after the last epoch
 
 
 def write_idx(folder: Path, splits: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
     """Write images uint8 [n, height, width] and labels [n] as MNIST's files, unpacked.
 
     Args:
-        folder: where to.
-        splits: by the names of MNIST's files, "train" and "t10k".
+        folder: where to write them.
+        splits: by the names in MNIST's file names, "train" and "t10k".
     """
     for name, (images, labels) in splits.items():
         for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
@@ -74,178 +66,125 @@ def write_idx(folder: Path, splits: dict[str, tuple[np.ndarray, np.ndarray]]) ->
             path.write_bytes(header + array.astype(np.uint8).tobytes())
 
 
-def run(job: Job, with_torch: bool, advance: Callable[[str], Any]) -> dict[str, Any]:
-    """Run everything, in turn.
+def run(job: Job, sides: Sequence[str], advance: Callable[[str], Any]) -> dict[str, Any]:
+    """Run all processes of the sides, in turns.
 
     Args:
-        job: what.
-        with_torch: whether there is PyTorch to compare with.
-        advance: called with what was just done, once each `turns`.
+        job: what to run.
+        sides: "lstm_flax" and, if PyTorch is installed, "torch".
+        advance: called after each process, `job.rounds + 1` times a side, with what it did.
 
     Returns:
-        By side, "lstm_flax" and "torch": `starts`, a list of `Start`, of which this project's
-        first one found an empty compilation cache, and `reached`, a `Reached`.
+        By side, `starts`, a `Timing` of one epoch for each round, and `reached`, the `Timing` until
+        the accuracy. The first start finds an empty compilation cache, the later ones a full one.
     """
-    sides = ["lstm_flax", "torch"] if with_torch else ["lstm_flax"]
-    starts: dict[str, list[Start]] = {side: [] for side in sides}
+    results: dict[str, Any] = {side: {"starts": []} for side in sides}
     for index in range(job.rounds):
         for side in sides:
-            command = one_epoch_command(job, side, index)
-            starts[side].append(start(command, side, job))
+            flags = ["--epochs", "1"]
+            if side != "torch":
+                flags += ["--learning-rate", "1e-3", "--no-augment", *job.sizes]
+            start = time_run(job, side, f"epoch{index}", flags, "compiled", until=0)
+            results[side]["starts"].append(start)
             advance(f"epoch with {side}")
-    results = {}
     for side in sides:
-        reached = reach(accuracy_command(job, side), side, job)
-        results[side] = {"starts": starts[side], "reached": reached}
+        flags = shlex.split(job.recipe)
+        if side == "torch":
+            flags = ["--epochs", str(job.max_epochs), "--until", str(job.accuracy)]
+        # With a cache of its own, since this program starts for the first time.
+        cache = f"compiled for {side}'s accuracy"
+        results[side]["reached"] = time_run(job, side, "accuracy", flags, cache, job.accuracy)
         advance(f"accuracy with {side}")
     return results
 
 
-def turns(job: Job, with_torch: bool) -> int:
-    """How often `run` calls its `advance`."""
-    return (job.rounds + 1) * (2 if with_torch else 1)
-
-
-def one_epoch_command(job: Job, side: str, index: int) -> list[str]:
-    """The command of one epoch without augmentation, in a workdir of its own."""
-    if side == "torch":
-        return [*_torch_command(job), "--epochs", "1"]
-    workdir = job.scratch / f"epoch{index}"
-    flags = ["--epochs", "1", "--learning-rate", "1e-3", "--no-augment", *job.sizes]
-    return [*_experiment_command(job, workdir), *flags]
-
-
-def accuracy_command(job: Job, side: str) -> list[str]:
-    """The command that trains until the accuracy is reached, each side by its own recipe."""
-    if side == "torch":
-        goal = ["--epochs", str(job.max_epochs), "--until", str(job.accuracy)]
-        return [*_torch_command(job), *goal]
-    return [*_experiment_command(job, job.scratch / "accuracy"), *shlex.split(job.recipe)]
-
-
-def _torch_command(job: Job) -> list[str]:
-    module = "experiments.benchmark.torch_reference"
-    return [sys.executable, "-m", module, str(job.idx_folder), *job.sizes]
-
-
-def _experiment_command(job: Job, workdir: Path) -> list[str]:
-    place = [] if job.data_dir is None else ["--data-dir", str(job.data_dir)]
-    data = ["--dataset", job.dataset, *place]
-    return [sys.executable, "-m", "experiments.mnist_lstm", "--workdir", str(workdir), *data]
-
-
-def start(command: list[str], side: str, job: Job) -> Start:
-    """Run one epoch, and time its stages.
-
-    Raises:
-        JobError: it did not come to the epoch's end.
-    """
-    ready = None
-    with timed_lines(command, job.scratch / "compiled") as lines:
-        for seconds, line in lines:
-            if line.startswith(READY[side]):
-                ready = seconds
-            if (record := epoch_record(line, side, command)) is not None:
-                assert ready is not None, f"no line of {side} began with {READY[side]!r}"
-                return Start(ready, record["seconds"], seconds)
-    raise JobError(f"it ended before its epoch did: {shlex.join(command)}")
-
-
-def reach(command: list[str], side: str, job: Job) -> Reached:
-    """Run until an epoch's test accuracy is high enough, or to the end.
-
-    Raises:
-        JobError: it did not come to the first epoch's end.
-    """
-    epochs, trained, accuracy, last = 0, 0.0, 0.0, 0.0
-    # A cache of its own: this is the first start of this program.
-    with timed_lines(command, job.scratch / f"compiled for {side}'s accuracy") as lines:
-        for seconds, line in lines:
-            if (record := epoch_record(line, side, command)) is not None:
-                epochs, accuracy, last = record["epoch"], record["test_accuracy"], seconds
-                trained += record["seconds"]
-                if accuracy >= job.accuracy:
-                    break
-    if not epochs:
-        raise JobError(f"it ended before its first epoch did: {shlex.join(command)}")
-    return Reached(accuracy, epochs, trained, last)
-
-
-@contextmanager
-def timed_lines(command: list[str], cache: Path) -> Iterator[Iterator[tuple[float, str]]]:
-    """Start a process, and hand out its lines with the seconds since; it ends with the body.
+def time_run(
+    job: Job, side: str, workdir: str, flags: Sequence[str], cache: str, until: float
+) -> Timing:
+    """Run a side in a process, until an epoch reaches this test accuracy or to the end.
 
     Args:
-        command: what to run.
-        cache: JAX's folder of compiled programs.
+        job: what to run.
+        side: "lstm_flax" or "torch".
+        workdir: name of the run's folder in `job.scratch`.
+        flags: of the side's command, besides those for the data.
+        cache: name of JAX's compilation cache in `job.scratch`.
+        until: a fraction of the test images.
+
+    Raises:
+        JobError: it ended before its first epoch did.
     """
-    environment = {"PYTHONUNBUFFERED": "1", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    if side == "torch":
+        command = ["experiments.benchmark.torch_reference", str(job.idx_folder), *job.sizes, *flags]
+    else:
+        command = ["experiments.mnist_lstm", "--workdir", str(job.scratch / workdir), *flags]
+        command += ["--dataset", job.dataset]
+        command += [] if job.data_dir is None else ["--data-dir", str(job.data_dir)]
+    command = [sys.executable, "-m", *command]
+    environment = os.environ | {
+        "PYTHONUNBUFFERED": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(job.scratch / cache),
+    }
+    timing = None
+    ready = trained = 0.0
     started = time.perf_counter()
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=os.environ | environment
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         try:
-            yield ((time.perf_counter() - started, line) for line in process.stdout)
+            for line in process.stdout:
+                now = time.perf_counter() - started
+                if line.startswith(READY[side]):
+                    ready = now
+                elif line.startswith("{" if side == "torch" else "epoch "):
+                    metrics = job.scratch / workdir / "metrics.jsonl"
+                    last = line if side == "torch" else metrics.read_text().splitlines()[-1]
+                    record = json.loads(last)
+                    trained += record["seconds"]
+                    accuracy = record["test_accuracy"]
+                    timing = Timing(ready, record["epoch"], trained, now, accuracy)
+                    if accuracy >= until:
+                        break
         finally:
-            process.kill()  # where it goes on, nobody needs what it would still do
-
-
-def epoch_record(line: str, side: str, command: Sequence[str]) -> dict[str, Any] | None:
-    """Return an epoch's figures when the line says that one has ended, else None."""
-    if side == "torch":
-        return json.loads(line) if line.startswith("{") else None
-    if not line.startswith("epoch "):
-        return None
-    workdir = Path(command[command.index("--workdir") + 1])
-    return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+            process.kill()  # nobody needs what it would do next
+    if timing is None:
+        raise JobError(f"it ended before its first epoch did: {shlex.join(command)}")
+    return timing
 
 
 def job_table(results: dict[str, Any], job: Job) -> str:
-    """All figures in Markdown, in seconds; medians, and from least to most, of several."""
+    """Return all times in seconds in Markdown: the median, and the range if there are several."""
+
+    def starts(name: str, rounds: slice) -> list[str]:
+        return _cells(
+            results, lambda side: _spread([getattr(t, name) for t in side["starts"][rounds]])
+        )
+
+    def reached(name: str) -> list[str]:
+        def cell(side: dict[str, Any]) -> str:
+            timing: Timing = side["reached"]
+            if timing.accuracy < job.accuracy:
+                return f"not reached by epoch {timing.epochs} ({timing.accuracy:.2%})"
+            return f"{getattr(timing, name):.1f} (epoch {timing.epochs})"
+
+        return _cells(results, cell)
+
     rows = [
-        ["start, nothing compiled before", *_each(results, _first_ready)],
-        ["start, compiled before", *_each(results, _later_ready)],
-        ["one epoch and the test set", *_each(results, lambda side: _median(side, "epoch"))],
-        ["start to the end of that epoch", *_each(results, lambda s: _median(s, "whole"))],
-        [f"training and evaluation to {job.accuracy:.1%}", *_each(results, _reached(job, False))],
-        [f"start to {job.accuracy:.1%}", *_each(results, _reached(job, True))],
+        ["start, nothing compiled before", *starts("ready", slice(1))],
+        ["start, compiled before", *starts("ready", slice(1, None))],
+        ["one epoch and the test set", *starts("seconds", slice(None))],
+        ["start to the end of that epoch", *starts("whole", slice(None))],
+        [f"training and evaluation to {job.accuracy:.1%}", *reached("seconds")],
+        [f"start to {job.accuracy:.1%}", *reached("whole")],
     ]
     ends = ", ".join(f"{side} at its line `{line}`" for side, line in READY.items())
-    figures = table([f"seconds, {job.dataset}", "lstm_flax", "torch"], rows)
-    return f"{figures}\n\n- a start ends for {ends}"
+    return f"{table([f'seconds, {job.dataset}', *READY], rows)}\n\n- a start ends for {ends}"
 
 
-def _each(results: dict[str, Any], figure: Callable[[dict[str, Any]], str]) -> list[str]:
-    sides = ("lstm_flax", "torch")
-    return [figure(results[side]) if side in results else "not measured" for side in sides]
+def _cells(results: dict[str, Any], cell: Callable[[dict[str, Any]], str]) -> list[str]:
+    return [cell(results[side]) if side in results else "not measured" for side in READY]
 
 
-def _first_ready(side: dict[str, Any]) -> str:
-    return f"{side['starts'][0].ready:.1f}"
-
-
-def _later_ready(side: dict[str, Any]) -> str:
-    later = [start.ready for start in side["starts"][1:]]
-    return _range(later) if later else "not measured"
-
-
-def _median(side: dict[str, Any], stage: str) -> str:
-    return _range([getattr(start, stage) for start in side["starts"]])
-
-
-def _range(seconds: list[float]) -> str:
-    if len(seconds) == 1:
-        return f"{seconds[0]:.1f}"
+def _spread(seconds: Sequence[float]) -> str:
+    if len(seconds) < 2:
+        return f"{seconds[0]:.1f}" if seconds else "not measured"
     return f"{statistics.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})"
-
-
-def _reached(job: Job, whole: bool) -> Callable[[dict[str, Any]], str]:
-    def figure(side: dict[str, Any]) -> str:
-        reached: Reached = side["reached"]
-        if reached.accuracy < job.accuracy:
-            return f"not reached by epoch {reached.epochs} ({reached.accuracy:.2%})"
-        seconds = reached.whole if whole else reached.seconds
-        return f"{seconds:.1f} (epoch {reached.epochs})"
-
-    return figure

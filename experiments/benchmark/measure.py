@@ -1,17 +1,20 @@
-"""Time all peers on all cases, in turn: A B C A B C, so that what the machine does meets each."""
+"""Time all peers on all cases, taking turns: A B C A B C, so that the machine's load meets each."""
 
+import contextlib
+import itertools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from experiments.benchmark.cases import Case, as_json
-from experiments.benchmark.peers import ENVIRONMENT
+from experiments.benchmark.cases import Case
+from experiments.benchmark.peers import ENVIRONMENT, PEERS
+from experiments.training_run.environment import version
 
 Mode = Literal["infer", "train"]
 MODES: tuple[Mode, ...] = ("infer", "train")
@@ -22,20 +25,20 @@ while True: pass
 """
 """A process that computes until its stdin ends, as it does when this one is killed."""
 TOLERANCE = 1e-4
-"""Largest difference of two peers' logits, or of their first losses."""
+"""Largest difference between two peers' logits, or between their first losses."""
 
 
 class PeerError(Exception):
-    """A peer can't do what it was asked to; the message says why."""
+    """A peer can't do what it was asked to do; the message says why."""
 
 
 class Settings(NamedTuple):
     """How to measure."""
 
-    rounds: int = 7
-    seconds: float = 0.5  # a turn of a peer takes about so long, or one call
-    memory: bool = True
-    modes: Sequence[str] = MODES
+    rounds: int
+    seconds: float  # approximate length of a peer's turn, which is at least one call
+    memory: bool
+    modes: Sequence[str]
 
 
 class Measurement(NamedTuple):
@@ -46,10 +49,10 @@ class Measurement(NamedTuple):
     peer: str
     rounds: list[dict[str, float]]
     """Each has `calls`, `seconds` for all of these calls, and `slow`, the 95th percentile of the
-    calls' seconds where other processes are busy."""
+    calls' seconds if other processes are busy."""
     first_call_seconds: float
-    peak_flops: float  # FLOP/s of the best matrix product in the same process
-    peak_bytes: int | None  # by which the memory's peak grew, in a process of its own
+    peak_flops: float  # FLOP/s of the fastest matrix product in the same process
+    peak_bytes: int | None  # by how much the memory's peak grew, in a process of its own
 
     @property
     def call_seconds(self) -> list[float]:
@@ -58,19 +61,20 @@ class Measurement(NamedTuple):
 
 
 class Results(NamedTuple):
-    """All that came out."""
+    """All measurements."""
 
     measurements: list[Measurement]
-    peers: dict[str, dict[str, Any]]  # of those that ran: `version` and `device`
-    notes: dict[str, str]  # of those that did not, or not everywhere: why
+    peers: dict[str, dict[str, Any]]  # `version` and `device` of the peers that ran
+    notes: dict[str, str]  # what did not run, and why
 
 
 class Worker:
-    """A peer's process, from the parent's side."""
+    """A peer's process, seen from the parent."""
 
     def __init__(self, peer: str):
+        self._peer = peer
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.benchmark.worker", peer],
+            [sys.executable, "-m", "experiments.benchmark.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -85,129 +89,112 @@ class Worker:
             self._process.kill()  # it may be in the middle of something long
         self._process.communicate()
 
-    def hello(self) -> dict[str, Any]:
-        """Wait for it to be ready; returns its `version` and `device`.
+    def open(self) -> dict[str, Any]:
+        """Start the peer; returns its `version` and `device`.
 
         Raises:
-            PeerError: the peer is not to be had here.
+            PeerError: the peer can't run here.
         """
-        return self._read()
+        package = PEERS[self._peer.partition(":")[0]].package
+        return {"device": self.ask("open", self._peer), "version": version(package)}
 
     @property
     def has_ended(self) -> bool:
-        """Whether the process is gone, perhaps for want of memory."""
+        """Whether the process is gone, perhaps because memory ran out."""
         return self._process.poll() is not None
 
-    def ask(self, do: str, **request: Any) -> dict[str, Any]:
-        """Send a request and wait for its answer.
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """Call a method of `worker.Bench` in the process, and return its answer.
 
         Raises:
-            PeerError: it could not be done.
+            PeerError: it failed, or the process ended.
         """
         assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps({"do": do, **request}) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError as error:
-            raise PeerError("its process has ended") from error
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer either
+            print(json.dumps([method, *arguments]), file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         if not line:
-            raise PeerError(f"its process has ended, with status {self._process.wait()}")
+            raise PeerError(f"its process ended with status {self._process.wait()}")
         answer = json.loads(line)
         if "error" in answer:
             raise PeerError(answer["error"])
-        return answer
+        return answer["answer"]
 
 
 def measure(
     peers: Sequence[str], cases: Sequence[Case], settings: Settings, advance: Callable[[str], Any]
 ) -> Results:
-    """Measure every peer on every case, for inference and for a train step.
+    """Measure every peer on every case and in every mode.
 
-    A peer that can't run, or that computes something else than the first one, is left out, where
-    that is so, with a note.
+    A peer that can't run, or whose results differ from the first peer's, is left out of that case,
+    with a note.
 
     Args:
         peers: names; the first is what the others are compared with.
         cases: the work.
-        settings: how.
-        advance: called with what was just done, after each case and mode.
+        settings: how to measure.
+        advance: called after each case and mode, with their names.
 
     Raises:
         PeerError: the first peer can't run.
     """
-    measurements: list[Measurement] = []
-    versions, notes = {}, {}
+    results = Results([], {}, {})
     with ExitStack() as stack:
         workers = {peer: stack.enter_context(Worker(peer)) for peer in peers}
         for peer in peers:
             try:
-                versions[peer] = workers[peer].hello()
+                results.peers[peer] = workers[peer].open()
             except PeerError as error:
                 if peer == peers[0]:
                     raise
-                notes[peer] = str(error)
+                results.notes[peer] = str(error)
                 del workers[peer]
-        for case in cases:
-            for mode in settings.modes:
-                for peer in [peer for peer, worker in workers.items() if worker.has_ended]:
-                    workers[peer] = stack.enter_context(Worker(peer))
-                    workers[peer].hello()  # it could run here before
-                for peer, measured in _measure_in_turn(workers, case, mode, settings):
-                    if isinstance(measured, PeerError):
-                        notes[f"{peer}, {mode}, {case.name}"] = str(measured)
-                    else:
-                        measurements.append(measured)
-                advance(f"{mode}, {case.name}")
-    return Results(measurements, versions, notes)
+        for case, mode in itertools.product(cases, settings.modes):
+            for peer in [peer for peer, worker in workers.items() if worker.has_ended]:
+                workers[peer] = stack.enter_context(Worker(peer))
+                workers[peer].open()
+            measure_case(workers, case, mode, settings, results)
+            advance(f"{mode}, {case.name}")
+    return results
 
 
-def _measure_in_turn(
-    workers: dict[str, Worker], case: Case, mode: str, settings: Settings
-) -> Iterator[tuple[str, Measurement | PeerError]]:
-    """One case and mode: build all, then let each have its turn, round after round."""
-    work = {"case": as_json(case), "mode": mode}
-    built: dict[str, dict[str, Any]] = {}
-    rounds: dict[str, list[dict[str, float]]] = {}
-    for peer, worker in workers.items():
+def measure_case(
+    workers: dict[str, Worker], case: Case, mode: str, settings: Settings, results: Results
+) -> None:
+    """Build all peers for a case, let them take turns, and add what was measured to `results`."""
+    builds: dict[str, dict[str, Any]] = {}
+    rounds: dict[str, list[dict[str, float]]] = {peer: [] for peer in workers}
+
+    @contextlib.contextmanager
+    def noting(peer: str) -> Iterator[None]:
         try:
-            answer = worker.ask("build", **work)
-            check_same(answer["result"], next(iter(built.values()), answer)["result"])
-            built[peer], rounds[peer] = answer, []
+            yield
         except PeerError as error:
-            yield peer, error
+            builds.pop(peer, None)
+            results.notes[f"{peer}, {mode}, {case.name}"] = str(error)
+
+    for peer, worker in workers.items():
+        with noting(peer):
+            built = worker.ask("build", case, mode)
+            check_same(built["result"], next(iter(builds.values()), built)["result"])
+            builds[peer] = built
     with busy_processes(case.busy):
-        for _ in range(settings.rounds):
-            for peer in list(rounds):
-                calls = max(1, round(settings.seconds / built[peer]["call_seconds"]))
-                try:
-                    turn = workers[peer].ask("time", calls=calls, each=case.busy > 0)
-                    rounds[peer].append(turn)
-                except PeerError as error:
-                    del rounds[peer]
-                    yield peer, error
-    for peer, turns in rounds.items():
-        yield (
-            peer,
-            Measurement(
-                case,
-                mode,
-                peer,
-                turns,
-                built[peer]["first_call_seconds"],
-                built[peer]["peak_flops"],
-                peak_bytes(peer, work) if settings.memory else None,
-            ),
-        )
+        for _, peer in itertools.product(range(settings.rounds), workers):
+            if peer in builds:
+                calls = max(1, round(settings.seconds / builds[peer]["call_seconds"]))
+                with noting(peer):
+                    rounds[peer].append(workers[peer].ask("time", calls, case.busy > 0))
+    for peer, built in builds.items():
+        memory = peak_bytes(peer, case, mode) if settings.memory else None
+        first, peak = built["first_call_seconds"], built["peak_flops"]
+        found = Measurement(case, mode, peer, rounds[peer], first, peak, memory)
+        results.measurements.append(found)
 
 
-@contextmanager
+@contextlib.contextmanager
 def busy_processes(number: int) -> Iterator[None]:
-    """Keep so many processes computing until the body ends."""
+    """Keep this many processes computing until the body ends."""
     with ExitStack() as stack:
         for _ in range(number):
             command = [sys.executable, "-c", BUSY]
@@ -222,15 +209,13 @@ def check_same(result: Any, expected: Any) -> None:
         PeerError: they are not of the same model.
     """
     difference = float(np.max(np.abs(np.subtract(result, expected))))
-    if not difference <= TOLERANCE:  # so that NaN is caught too
+    if not difference <= TOLERANCE:  # catches NaN too
         raise PeerError(f"computes something else: its results differ by {difference:.2g}")
 
 
-def peak_bytes(peer: str, work: dict[str, Any]) -> int | None:
-    """Growth of the memory's peak in a fresh process; None where that can't be told."""
-    with Worker(peer) as worker:
-        try:
-            worker.hello()
-            return worker.ask("memory", **work)["peak_bytes"]
-        except PeerError:
-            return None
+def peak_bytes(peer: str, case: Case, mode: str) -> int | None:
+    """Return the growth of the memory's peak in a fresh process; None if it can't be measured."""
+    with Worker(peer) as worker, contextlib.suppress(PeerError):
+        worker.open()
+        return worker.ask("memory", case, mode)
+    return None

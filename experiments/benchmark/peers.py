@@ -1,59 +1,66 @@
 """The implementations that are compared.
 
-Each has a builder, which makes, for a case and a mode, one function to call again and again. All
-start from the same weights, in float32 without short cuts such as TensorFloat-32. What a peer needs
-is imported only where it is built, in that peer's own process.
+A peer has a builder, which makes one function for a case and a mode, to be called repeatedly. All
+peers start from the same weights, and compute in float32 without TensorFloat-32. Only a worker
+imports the module of a peer, so that each process has one framework.
 """
 
 import importlib.util
+import pkgutil
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from experiments.benchmark import jax_peers, onnx_peer, torch_peers
+import numpy as np
+
 from experiments.benchmark.cases import Case
-from experiments.benchmark.framework import Call, Framework, Unavailable
 
 OURS = "lstm_flax"
+LEARNING_RATE = 1e-3  # Adam's
+
+Call = Callable[[], Any]
+"""Inference, which returns logits [batch, classes], or a train step with Adam, which returns the
+loss before the step. The result may be computed asynchronously: `Framework.wait` waits for it."""
+
+
+class Unavailable(Exception):
+    """A peer can't run here; the message says in one line what is missing."""
+
+
+class Framework(NamedTuple):
+    """What a worker needs of a framework, besides its LSTM."""
+
+    platform: str  # "cpu", "gpu" or "tpu"
+    device: str  # its name
+    wait: Callable[[Any], Any]
+    """Wait until an array is computed."""
+    matmul: Callable[[np.ndarray, np.ndarray], Call]
+    """Return a function that multiplies two float32 matrices, which are on the device already."""
+    allocator_peak: Callable[[], int]
+    """Return the most bytes that were ever in use, on an accelerator."""
 
 
 class Peer(NamedTuple):
-    """An implementation, and what it takes to have it."""
+    """An implementation, and what it needs."""
 
-    package: str  # to install, import, and report the version of
-    framework: Callable[[], Framework]
-    build: Callable[[Case, str], Call]
+    package: str  # the package to install, import, and report the version of
+    builder: str  # MODULE:FUNCTION in this package; the module has a function `framework` too
     needs_cuda: bool = False
 
 
-def open_peer(name: str) -> tuple[Peer, Framework]:
-    """Find a peer by its name, with its framework started.
+PEERS = {
+    OURS: Peer("lstm_flax", "jax_peers:build_ours"),
+    "torch": Peer("torch", "torch_peers:build_torch"),
+    "onnxruntime": Peer("onnxruntime", "onnx_peer:build_onnx"),
+    "keras": Peer("keras", "jax_peers:build_keras"),
+    "flax.linen.RNN": Peer("flax", "jax_peers:build_linen_rnn"),
+    "jax cuDNN": Peer("jax", "jax_peers:build_jax_cudnn", needs_cuda=True),
+    "torch.compile": Peer("torch", "torch_peers:build_compiled", needs_cuda=True),
+    "torch CUDA graph": Peer("torch", "torch_peers:build_cuda_graph", needs_cuda=True),
+}
 
-    `lstm_flax:NAME` is this project with `implementation=NAME`.
-
-    Raises:
-        Unavailable: it is not installed, or there is no device for it.
-    """
-    peer = find_peer(name)
-    if importlib.util.find_spec(peer.package) is None:
-        raise Unavailable(f"not installed: pip install {peer.package}")
-    framework = peer.framework()
-    if peer.needs_cuda and framework.platform != "gpu":
-        raise Unavailable("needs a CUDA device")
-    return peer, framework
-
-
-def find_peer(name: str) -> Peer:
-    """The peer of this name."""
-    base, _, implementation = name.partition(":")
-    peer = PEERS[base]
-    if not implementation:
-        return peer
-    return peer._replace(build=partial(jax_peers.build_ours, implementation=implementation))
-
-
-# What is left to JAX's default, as in Keras and flax.linen, is full float32 too. Compilation is
-# part of what is measured, so nothing may come out of a cache. Several processes share one GPU.
+# Keras and flax.linen use JAX's default precision. Compilation is measured, so nothing may come out
+# of a cache. Several processes share one GPU.
 ENVIRONMENT = {
     "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     "JAX_ENABLE_COMPILATION_CACHE": "false",
@@ -61,18 +68,33 @@ ENVIRONMENT = {
     "KERAS_BACKEND": "jax",
 }
 
-_jax = partial(Peer, framework=jax_peers.jax_framework)
-_torch = partial(Peer, framework=torch_peers.torch_framework)
-_compiled = partial(torch_peers.build_torch, how="compile")
-_graph = partial(torch_peers.build_torch, how="graph")
 
-PEERS = {
-    OURS: _jax("lstm_flax", build=jax_peers.build_ours),
-    "torch": _torch("torch", build=torch_peers.build_torch),
-    "onnxruntime": Peer("onnxruntime", onnx_peer.onnx_framework, onnx_peer.build_onnx),
-    "keras": _jax("keras", build=jax_peers.build_keras),
-    "flax.linen.RNN": _jax("flax", build=jax_peers.build_linen_rnn),
-    "jax cuDNN": _jax("jax", build=jax_peers.build_jax_cudnn, needs_cuda=True),
-    "torch.compile": _torch("torch", build=_compiled, needs_cuda=True),
-    "torch CUDA graph": _torch("torch", build=_graph, needs_cuda=True),
-}
+def open_peer(name: str) -> tuple[Framework, Callable[[Case, str], Call]]:
+    """Start a peer's framework in this process; returns it and the peer's builder.
+
+    Args:
+        name: a name in `PEERS`, or `lstm_flax:NAME`, this project with `implementation=NAME`.
+
+    Raises:
+        Unavailable: a package or a device is missing.
+    """
+    base, _, implementation = name.partition(":")
+    peer = PEERS[base]
+    module, _, builder = peer.builder.partition(":")
+    require_package(peer.package)
+    backend = pkgutil.resolve_name(f"{__package__}.{module}")
+    framework = backend.framework()
+    if peer.needs_cuda and framework.platform != "gpu":
+        raise Unavailable("needs a CUDA device")
+    build = getattr(backend, builder)
+    return framework, partial(build, implementation=implementation) if implementation else build
+
+
+def require_package(name: str) -> None:
+    """Check that a package is installed.
+
+    Raises:
+        Unavailable: it is not.
+    """
+    if importlib.util.find_spec(name) is None:
+        raise Unavailable(f"not installed: pip install {name}")

@@ -1,8 +1,8 @@
-"""The reference in PyTorch, for whole jobs: read MNIST's files, train with Adam, evaluate.
+"""The reference in PyTorch, for whole jobs: reads MNIST's files, trains with Adam, evaluates.
 
     python -m experiments.benchmark.torch_reference FOLDER [--epochs 1] [...]
 
-Prints a line when the first step is done, and one of JSON after each epoch. It imports nothing of
+It prints a line after the first step, and a line of JSON after each epoch. It imports nothing of
 this project, so that its start is PyTorch's own.
 """
 
@@ -19,18 +19,18 @@ from torch import nn
 class Classifier(nn.Module):
     """`nn.LSTM`, whose last output goes through `nn.Linear`."""
 
-    def __init__(self, hidden_size: int, num_layers: int):
+    def __init__(self, hidden_size: int, num_layers: int, features: int = 28):
         super().__init__()
-        self.rnn = nn.LSTM(28, hidden_size, num_layers, batch_first=True)
+        self.rnn = nn.LSTM(features, hidden_size, num_layers, batch_first=True)
         self.lin = nn.Linear(hidden_size, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits [batch, 10] of images [batch, 28, 28]."""
+        """Return logits [batch, 10] of images [batch, time, features]."""
         return self.lin(self.rnn(x)[0][:, -1])
 
 
 def read_split(folder: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images float32 [n, 28, 28] in [0, 1] and labels int64 [n], from two unpacked IDX files."""
+    """Read images float32 [n, 28, 28] in [0, 1] and labels int64 [n] from unpacked IDX files."""
     pixels = np.fromfile(folder / f"{name}-images-idx3-ubyte", np.uint8)[16:]
     labels = np.fromfile(folder / f"{name}-labels-idx1-ubyte", np.uint8)[8:]
     images = torch.from_numpy(pixels).reshape(-1, 28, 28).float() / 255
@@ -38,7 +38,7 @@ def read_split(folder: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def accuracy(model: Classifier, images: torch.Tensor, labels: torch.Tensor, batch: int) -> float:
-    """Fraction of the images that are classified correctly."""
+    """Return the fraction of the images that are classified correctly."""
     with torch.inference_mode():
         pieces = zip(images.split(batch), labels.split(batch), strict=True)
         correct = sum(int((model(x).argmax(1) == y).sum()) for x, y in pieces)
@@ -46,9 +46,9 @@ def accuracy(model: Classifier, images: torch.Tensor, labels: torch.Tensor, batc
 
 
 def main() -> None:
-    """Train for so many epochs, or until an accuracy is reached."""
+    """Train for some epochs, or until an accuracy is reached."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="of the four IDX files, unpacked")
+    parser.add_argument("folder", type=Path, help="folder of the four IDX files, unpacked")
     parser.add_argument("--epochs", type=int, default=1, help="at most")
     parser.add_argument("--until", type=float, default=1.0, help="test accuracy to stop at")
     parser.add_argument("--batch-size", type=int, default=128, help="images a step")
@@ -64,17 +64,16 @@ def main() -> None:
     test_images, test_labels = (tensor.to(device) for tensor in read_split(flags.folder, "t10k"))
     model = Classifier(flags.hidden_size, flags.num_layers).to(device)
     optimizer = torch.optim.Adam(model.parameters(), flags.learning_rate)
-    is_first = True
     for epoch in range(1, flags.epochs + 1):
         started = time.perf_counter()
-        for rows in torch.randperm(len(images), device=device).split(flags.batch_size):
+        order = torch.randperm(len(images), device=device)
+        for step, rows in enumerate(order.split(flags.batch_size)):
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
             loss.backward()
             optimizer.step()
-            if is_first:
+            if epoch == 1 and step == 0:
                 print(f"first step: loss {loss.item():.4f}", flush=True)
-                is_first = False
         reached = accuracy(model, test_images, test_labels, flags.batch_size)
         record = {"epoch": epoch, "test_accuracy": reached}
         print(json.dumps(record | {"seconds": time.perf_counter() - started}), flush=True)

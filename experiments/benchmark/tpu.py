@@ -1,12 +1,12 @@
-"""What a compiler makes of the LSTM layers for a TPU that need not be there; needs libtpu.
+"""What the compiler makes of the LSTM layers for a TPU, which need not be there; needs libtpu.
 
     python -m experiments.benchmark --tpu v5e
 
-A figure is read from the compiled program and not measured. Of the final schedule it counts
-bundles, which the chip issues one a cycle: every loop's body as often as it runs. That leaves out
-stalls, waits for memory and what lies between two operations, so it is the bright reading. XLA's
-own estimate, `estimated_cycles`, charges some 1,800 cycles for every operation however small, which
-is the dark one; it knows nothing of what is inside a Pallas kernel.
+Nothing is measured: all numbers come from the compiled program. `bundles` counts the bundles of
+instructions in the final schedule, which the chip issues one a cycle, with the body of each loop
+counted as often as it runs. It leaves out stalls, waits for memory and the time between two
+operations, so it is a lower bound. XLA's own estimate, `estimated_cycles`, charges some 1,800
+cycles for every operation, however small, so it is pessimistic, and sees no Pallas kernel inside.
 """
 
 import importlib.util
@@ -20,13 +20,16 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
 from tqdm import tqdm
 
 from experiments.benchmark.cases import Case, flops
 from experiments.harness.markdown import table
 from experiments.harness.usage import UsageError
+from lstm_flax import LSTMStack
 
-TOPOLOGIES = {"v5e": "v5e:1x1", "v6e": "v6e:1x1"}
 # Of a chip: bfloat16 FLOPs and bytes of HBM, a second.
 PEAKS = {"v5e": (197e12, 819e9), "v6e": (918e12, 1640e9)}
 PASSES = {"bfloat16": 1, "float32": 6}  # of the matrix unit, for one product
@@ -34,7 +37,7 @@ BATCHES = (128, 256, 1024)
 
 
 class Program(NamedTuple):
-    """One program to compile."""
+    """A program to compile."""
 
     implementation: str  # "scan", or "auto", which is Pallas
     mode: str  # "train": the gradients of all parameters; "infer": the outputs
@@ -42,8 +45,8 @@ class Program(NamedTuple):
     dtype: str
 
 
-def tables(kind: str, batches: tuple[int, ...] = BATCHES) -> str:
-    """Compile everything for a kind of TPU, each program in a process of its own.
+def tables(kind: str) -> str:
+    """Compile all programs for a kind of TPU, each in a process of its own.
 
     Raises:
         UsageError: there is no libtpu, or it can't compile for this kind.
@@ -53,37 +56,30 @@ def tables(kind: str, batches: tuple[int, ...] = BATCHES) -> str:
         "arrays, MB", "products, µs", "HBM, µs",
     ]  # fmt: skip
     rows = []
-    programs = itertools.product(("train", "infer"), PASSES, batches, ("scan", "auto"))
+    programs = itertools.product(("train", "infer"), PASSES, BATCHES, ("scan", "auto"))
     for mode, dtype, batch, name in tqdm(list(programs), unit=" programs", disable=None):
-        found = compiled_apart(kind, Program(name, mode, batch, dtype))
-        speed, bandwidth = PEAKS[kind]
-        products = flops(Case(batch=batch), mode) * PASSES[dtype] / speed
-        rows.append(
-            [
-                {"scan": "scan", "auto": "Pallas"}[name], mode, str(batch), dtype,
-                *(f"{found[key]:,}" for key in ("bundles", "operations", "cycles")),
-                f"{found['bytes'] / 1e6:,.1f}",
-                f"{products * 1e6:,.0f}", f"{found['bytes'] / bandwidth * 1e6:,.0f}",
-            ]
-        )  # fmt: skip
-    return "\n\n".join(
-        [
-            table(header, rows, text_columns=4),
-            "- bundles: of the final schedule, loops multiplied out; without stalls and waits\n"
-            "- XLA's cycles beside: its estimate of all but the Pallas kernels\n"
-            "- products, HBM: how long the products, and one passage of the program's arrays to or "
-            "from HBM, take at the chip's peak",
-        ]
-    )
+        found = compile_apart(kind, Program(name, mode, batch, dtype))
+        flops_a_second, bytes_a_second = PEAKS[kind]
+        products = flops(Case(batch=batch), mode) * PASSES[dtype] / flops_a_second
+        counts = [f"{found[key]:,}" for key in ("bundles", "operations", "cycles")]
+        times = [f"{products * 1e6:,.0f}", f"{found['bytes'] / bytes_a_second * 1e6:,.0f}"]
+        words = [{"scan": "scan", "auto": "Pallas"}[name], mode, str(batch), dtype]
+        rows.append([*words, *counts, f"{found['bytes'] / 1e6:,.1f}", *times])
+    return f"""{table(header, rows, text_columns=4)}
+
+- bundles: of the final schedule, each loop times its turns; without stalls and waits
+- XLA's cycles beside: its estimate of everything but the Pallas kernels
+- products, HBM: the time at the chip's peak for the products, and for one transfer of the program's
+  arrays to or from HBM"""
 
 
-def compiled_apart(kind: str, program: Program) -> dict[str, int]:
+def compile_apart(kind: str, program: Program) -> dict[str, int]:
     """Compile in a fresh process, whose libtpu writes the schedule into a folder of its own."""
     spec = importlib.util.find_spec("libtpu")
     found = spec and spec.submodule_search_locations
     library = os.environ.get("TPU_LIBRARY_PATH") or (found and f"{found[0]}/libtpu.so")
     if not library:
-        raise UsageError("--tpu needs libtpu: pip install libtpu, or name it: TPU_LIBRARY_PATH")
+        raise UsageError("--tpu needs libtpu: pip install libtpu, or set TPU_LIBRARY_PATH to it")
     with tempfile.TemporaryDirectory() as folder:
         result = subprocess.run(
             [sys.executable, "-m", "experiments.benchmark.tpu", kind, folder, *map(str, program)],
@@ -98,33 +94,24 @@ def compiled_apart(kind: str, program: Program) -> dict[str, int]:
             text=True,
         )
     if result.returncode:
-        last = (result.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise UsageError(f"--tpu {kind}: {last}")
     return json.loads(result.stdout.splitlines()[-1])
 
 
 def compile_here(kind: str, program: Program) -> Any:
-    """The compiled program; its libtpu must have been told of a folder before."""
-    import jax
-    import jax.numpy as jnp
-    from jax.experimental import topologies
-
-    from lstm_flax import LSTMStack
-
+    """Compile in this process, where `LIBTPU_INIT_ARGS` must name the folder for the schedule."""
     case = Case(batch=program.batch)
     (device,) = topologies.get_topology_desc(
-        platform="tpu", topology_name=TOPOLOGIES[kind], chips_per_host_bounds=[1, 1, 1]
+        platform="tpu", topology_name=f"{kind}:1x1", chips_per_host_bounds=[1, 1, 1]
     ).devices
-    highest = jax.lax.Precision.HIGHEST if program.dtype == "float32" else None
     stack = LSTMStack(
         case.hidden,
         case.layers,
         dtype=program.dtype,
-        precision=highest,
+        precision=jax.lax.Precision.HIGHEST if program.dtype == "float32" else None,
         implementation=program.implementation,  # type: ignore[arg-type]
     )
-    x = jax.ShapeDtypeStruct((case.batch, case.time, case.features), jnp.float32)
-    variables = jax.eval_shape(stack.init, jax.random.key(0), x)
 
     def last_output(variables, x):
         return stack.apply(variables, x)[0][:, -1].astype(jnp.float32)
@@ -132,18 +119,24 @@ def compile_here(kind: str, program: Program) -> Any:
     def loss(variables, x):
         return (last_output(variables, x) ** 2).sum()
 
+    x = jax.ShapeDtypeStruct((case.batch, case.time, case.features), jnp.float32)
+    variables = jax.eval_shape(stack.init, jax.random.key(0), x)
+    sharding = jax.sharding.SingleDeviceSharding(device)
     on_chip = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(
-            a.shape, a.dtype, sharding=jax.sharding.SingleDeviceSharding(device)
-        ),
-        (variables, x),
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), (variables, x)
     )
     function = jax.grad(loss) if program.mode == "train" else last_output
     return jax.jit(function).lower(*on_chip).compile()
 
 
 def read(compiled: Any, folder: Path, time: int) -> dict[str, int]:
-    """Add up a program's bundles, operations and cycles, and the bytes of its arrays."""
+    """Sum a program's bundles, operations and cycles, and the bytes of its arrays.
+
+    Args:
+        compiled: the program.
+        folder: where libtpu wrote its schedules.
+        time: how often the body of a loop runs.
+    """
     computations = _computations(compiled.as_text())
     schedules = _schedules(folder)
     total = {"bundles": 0, "operations": 0, "cycles": 0}
@@ -166,7 +159,7 @@ def read(compiled: Any, folder: Path, time: int) -> dict[str, int]:
 
 
 def _computations(program: str) -> dict[str, list[str]]:
-    """The lines of each computation of a program in XLA's text, by its name."""
+    """Return the lines of each computation in a program's HLO text, by its name."""
     found: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in program.splitlines():
@@ -178,7 +171,7 @@ def _computations(program: str) -> dict[str, list[str]]:
 
 
 def _schedules(folder: Path) -> dict[str, int]:
-    """The bundles of each operation that libtpu scheduled by itself, of those like it too."""
+    """Return the bundles of each scheduled operation, and of those that share its schedule."""
     bundles = {
         re.sub(r"^\d+-|-\d+-final_bundles$", "", path.stem): _bundles(path.read_text())
         for path in folder.glob("*-final_bundles.txt")
@@ -194,7 +187,7 @@ def _schedules(folder: Path) -> dict[str, int]:
 
 
 def _bundles(schedule: str) -> int:
-    """The bundles of one schedule, with those in loops counted as often as the loops run."""
+    """Count the bundles of a schedule, those of a loop as often as it runs."""
     steps = dict(re.findall(r"%(\w+) = sadd\.s32 (\d+), ", schedule))  # of loops' counters
     bundles = re.findall(
         r"^\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s?([>\s]*)\{(.*)", schedule, re.MULTILINE
@@ -229,7 +222,7 @@ def _bundles(schedule: str) -> int:
 
 
 def main(kind: str, folder: str, *program: str) -> None:
-    """Compile one program and print its figures as JSON."""
+    """Compile a program and print its counts as JSON."""
     implementation, mode, batch, dtype = program
     compiled = compile_here(kind, Program(implementation, mode, int(batch), dtype))
     print(json.dumps(read(compiled, Path(folder), Case().time)))

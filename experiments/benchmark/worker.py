@@ -1,189 +1,142 @@
-"""A process that has one peer and, line by line, does what it is asked to.
+"""A process that runs one peer, as `measure` asks it to.
 
-    python -m experiments.benchmark.worker PEER
+    python -m experiments.benchmark.worker
 
 PyTorch and JAX in one process disturb each other's threads, so each peer has a process of its own.
-Requests and answers are JSON, a line each, on stdin and stdout. Between two requests it blocks on
-stdin and takes no time from the others. The end of stdin ends it.
+A request is a line of JSON on stdin, `[method, *arguments]`, and its answer a line on stdout.
+Between requests the process waits for stdin and uses no processor. It ends with stdin.
 """
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from experiments.benchmark.cases import Case
-from experiments.benchmark.framework import Call, Framework, Unavailable
-from experiments.benchmark.peers import Peer, open_peer
+from experiments.benchmark.peers import Call, Unavailable, open_peer
 from experiments.harness.command import why_no_platform
 
 PRODUCTS = [(2048, 2048, 2048), (7168, 512, 1024)]
-"""Rows, inner size and columns of the products that the peak is taken from; a GPU needs more."""
+"""Rows, inner size and columns of the matrix products that the peak is measured with."""
 LARGE_PRODUCTS = [(8192, 8192, 8192), (28672, 512, 2048)]
+"""The same, on accelerators too."""
 PRODUCT_RUNS = 5  # of which the fastest counts
 SMALLEST = Case(batch=1, time=2, features=2, hidden=4, layers=1)
 ROWS_TO_COMPARE = 8  # of the logits
 
 
-def main() -> None:
-    """Serve requests until stdin ends."""
-    answers = _own_stdout()
-    try:
-        peer, framework = open_peer(sys.argv[1])
-        framework.wait(peer.build(SMALLEST, "infer")())  # imports what it needs
-    except Exception as error:  # whatever it is, the others can go on without it
-        _answer(answers, {"error": why_no_platform() or _reason(error)})
-        return
-    _answer(answers, {"device": framework.device, "version": _version(peer.package)})
-    serve(peer, framework, answers)
+class Bench:
+    """One peer, and the function that it built last. Every public method answers a request."""
 
+    def open(self, name: str) -> str:
+        """Start the peer, and import what it needs; returns the name of its device."""
+        self._framework, self._build = open_peer(name)
+        self._seconds(self._build(SMALLEST, "infer"))
+        return self._framework.device
 
-def serve(peer: Peer, framework: Framework, answers: TextIO) -> None:
-    """Answer each request; what it can't do it answers with an error, and goes on."""
-    call: Call | None = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            match request["do"]:
-                case "build":
-                    call = None  # frees the one before
-                    call, answer = build(peer, framework, *_case(request))
-                case "time":
-                    assert call is not None, "asked to time what was not built"
-                    answer = timed(call, framework.wait, request["calls"], request["each"])
-                case "memory":
-                    answer = memory(peer, framework, *_case(request))
-        except Exception as error:  # of this case alone, perhaps
-            answer = {"error": _reason(error)}
-        _answer(answers, answer)
+    def build(self, sizes: list[int], mode: str) -> dict[str, Any]:
+        """Build the function of a case, and time its first calls.
 
+        Returns:
+            `first_call_seconds`; `call_seconds`, of a later call; `result`, the first logits or the
+            loss, to compare with other peers; and `peak_flops`, FLOP/s of the fastest matrix
+            product in this process at this moment.
+        """
+        self._call: Call | None = None  # frees the previous one
+        self._call = self._build(Case(*sizes), mode)
+        first, result = self._seconds(self._call)
+        values = np.asarray(result.cpu() if hasattr(result, "cpu") else result)
+        return {
+            "first_call_seconds": first,
+            "call_seconds": min(self._seconds(self._call)[0] for _ in range(2)),
+            "result": values[:ROWS_TO_COMPARE].tolist() if values.ndim else values.item(),
+            "peak_flops": self._peak_flops(),
+        }
 
-def build(peer: Peer, framework: Framework, case: Case, mode: str) -> tuple[Call, dict[str, Any]]:
-    """Make the peer's function, and say how long its first and its next calls took, in seconds.
+    def time(self, calls: int, each: bool) -> dict[str, float]:
+        """Time some calls together, after one that fills the caches; returns their `seconds`.
 
-    The answer also has what the first call returned, so that it can be compared, and the fastest
-    matrix product of this process at this moment, in FLOP/s.
-    """
-    call = peer.build(case, mode)
-    first, result = _seconds(call, framework.wait)
-    values = np.asarray(result.cpu() if hasattr(result, "cpu") else result)
-    later = [_seconds(call, framework.wait)[0] for _ in range(2)]
-    return call, {
-        "first_call_seconds": first,
-        "call_seconds": min(later),
-        "result": values[:ROWS_TO_COMPARE].tolist() if values.ndim else values.item(),
-        "peak_flops": peak_flops(framework),
-    }
+        With `each` it times them one by one, and adds `slow`, the 95th percentile of their seconds.
+        """
+        assert self._call is not None
+        self._seconds(self._call)
+        if each:
+            seconds = [self._seconds(self._call)[0] for _ in range(calls)]
+            slow = np.percentile(seconds, 95).item()
+            return {"calls": calls, "seconds": sum(seconds), "slow": slow}
+        started = time.perf_counter()
+        for _ in range(calls):
+            result = self._call()
+        self._framework.wait(result)
+        return {"calls": calls, "seconds": time.perf_counter() - started}
 
+    def memory(self, sizes: list[int], mode: str) -> int:
+        """Return by how many bytes the peak grows while a case is built and called twice.
 
-def timed(call: Call, wait: Callable[[Any], Any], calls: int, each: bool) -> dict[str, float]:
-    """Seconds of so many calls together, after one that is not counted: others used the caches.
+        On a CPU this is the resident set of the process, which must be a fresh one, compilation
+        included; otherwise it is what the framework's allocator has in use.
+        """
+        self._seconds(self._build(SMALLEST, mode))  # imports and allocates what is needed once
+        peak = self._framework.allocator_peak
+        if self._framework.platform == "cpu":
+            peak = resident_peak
+            with contextlib.suppress(OSError):  # without permission, the peak of the imports counts
+                Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = peak()
+        call = self._build(Case(*sizes), mode)
+        for _ in range(2):
+            self._seconds(call)
+        return peak() - before
 
-    With `each` they are timed one by one, and `slow` is the 95th percentile of their seconds.
-    """
-    wait(call())
-    if each:
-        seconds = [_seconds(call, wait)[0] for _ in range(calls)]
-        return {"calls": calls, "seconds": sum(seconds), "slow": np.percentile(seconds, 95).item()}
-    started = time.perf_counter()
-    for _ in range(calls):
+    def _seconds(self, call: Call) -> tuple[float, Any]:
+        started = time.perf_counter()
         result = call()
-    wait(result)
-    return {"calls": calls, "seconds": time.perf_counter() - started}
+        self._framework.wait(result)
+        return time.perf_counter() - started, result
+
+    def _peak_flops(self) -> float:
+        on_cpu = self._framework.platform == "cpu"
+        rng, best = np.random.default_rng(0), 0.0
+        for rows, inner, columns in PRODUCTS if on_cpu else PRODUCTS + LARGE_PRODUCTS:
+            a, b = (rng.random(shape, np.float32) for shape in ((rows, inner), (inner, columns)))
+            multiply = self._framework.matmul(a, b)
+            seconds = [self._seconds(multiply)[0] for _ in range(1 + PRODUCT_RUNS)]
+            best = max(best, 2 * rows * inner * columns / min(seconds[1:]))  # the first compiles
+        return best
 
 
-def memory(peer: Peer, framework: Framework, case: Case, mode: str) -> dict[str, int | None]:
-    """Bytes by which the peak grows from before the peer is built to after its second call.
+def resident_peak() -> int:
+    """Return the most bytes that this process had in memory.
 
-    On a CPU this is the process's resident set, compilation included; else what the framework's
-    allocator handed out. The process must be a fresh one.
+    Raises:
+        Unavailable: the system doesn't say; only Linux does.
     """
-    framework.wait(peer.build(SMALLEST, mode)())  # imports and starts what needs memory only once
-    on_host = framework.platform == "cpu"
-    peak = resident_peak if on_host else framework.allocator_peak
-    if on_host:
-        _forget_resident_peak()
-    before = peak()
-    call = peer.build(case, mode)
-    for _ in range(2):
-        framework.wait(call())
-    after = peak()
-    return {"peak_bytes": None if before is None or after is None else after - before}
-
-
-def resident_peak() -> int | None:
-    """Most bytes that this process ever had in memory, or None where the system does not say."""
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) * 1024 if found else None
+    if found is None:
+        raise Unavailable("the system doesn't tell the peak of a process's memory")
+    return int(found[1]) * 1024
 
 
-def _forget_resident_peak() -> None:
-    """Let the peak start anew from what is in memory now; importing may have needed more."""
-    # Where the system forbids it, the peak counts from that of the imports.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_flops(framework: Framework) -> float:
-    """FLOP/s of the fastest of a few float32 matrix products."""
-    shapes = PRODUCTS if framework.platform == "cpu" else PRODUCTS + LARGE_PRODUCTS
-    return max(_product_flops(framework, *shape) for shape in shapes)
-
-
-def _product_flops(framework: Framework, rows: int, inner: int, columns: int) -> float:
-    rng = np.random.default_rng(0)
-    multiply = framework.product(
-        rng.random((rows, inner), dtype=np.float32), rng.random((inner, columns), dtype=np.float32)
-    )
-    _seconds(multiply, framework.wait)  # compiles
-    seconds = min(_seconds(multiply, framework.wait)[0] for _ in range(PRODUCT_RUNS))
-    return 2 * rows * inner * columns / seconds
-
-
-def _seconds(call: Call, wait: Callable[[Any], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
-    result = call()
-    wait(result)
-    return time.perf_counter() - started, result
-
-
-def _case(request: dict[str, Any]) -> tuple[Case, str]:
-    return Case(**request["case"]), request["mode"]
-
-
-def _reason(error: Exception) -> str:
-    """Say in one line why something failed."""
-    if isinstance(error, Unavailable):
-        return str(error)
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None  # this project, run from a clone
-
-
-def _own_stdout() -> TextIO:
-    """Keep stdout for the answers; what libraries print goes to stderr."""
+def main() -> None:
+    """Answer requests until stdin ends. A failed request gets its error as the answer."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    return answers
-
-
-def _answer(answers: TextIO, answer: dict[str, Any]) -> None:
-    answers.write(json.dumps(answer) + "\n")
-    answers.flush()
+    os.dup2(2, 1)  # what libraries print goes to stderr
+    bench = Bench()
+    for line in sys.stdin:
+        method, *arguments = json.loads(line)
+        try:
+            answer = {"answer": getattr(bench, method)(*arguments)}
+        except Exception as error:  # whatever it is, other peers and cases can go on
+            kind = "" if isinstance(error, Unavailable) else f"{type(error).__name__}: "
+            answer = {"error": why_no_platform() or f"{kind}{error}".splitlines()[0]}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

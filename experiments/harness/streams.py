@@ -9,6 +9,7 @@ import errno
 import io
 import os
 import sys
+from collections.abc import Iterator
 
 
 def open_missing() -> None:
@@ -56,6 +57,20 @@ def outlive_terminal() -> None:
             lasting = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
             text = io.TextIOWrapper(lasting, stream.encoding, "replace", line_buffering=True)
             setattr(sys, name, text)
+
+
+@contextlib.contextmanager
+def discarding_stderr() -> Iterator[None]:
+    """Discard what libraries in C++ write to this process's stderr, past Python."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def flush() -> None:

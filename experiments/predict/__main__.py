@@ -1,31 +1,37 @@
 """Read the digits in picture files with a trained model.
 
     python -m experiments.predict --workdir runs/mnist_lstm digit.png photos/ [--json]
+    python -m experiments.predict --model digits.onnx digit.png photos/ [--json]
 
-Takes PNG, JPEG, WebP, GIF, BMP and TIFF files, one digit a picture, dark on light or light on dark,
-and folders of them. Prints a line a picture: the label, its probability and the runner-up. A file
-that can't be read is named and skipped, and the exit status is then 2.
+Takes PNG, JPEG, WebP, GIF, BMP and TIFF files, dark on light or light on dark, and folders of them.
+Digits in a row are read as a number. Prints a line a picture: what it shows, the probability, and
+of one digit the runner-up; "unsure" where the probability is low. A file that can't be read is
+named and skipped, and the exit status is then 2.
 """
 
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
+from scipy.special import softmax
 
+from experiments.export.reading import BATCH_SIZE, ExportError, read_export
 from experiments.harness.command import command
+from experiments.harness.output_files import replacing
 from experiments.harness.usage import UsageError, printable, read_flags
-from experiments.predict.digit_image import ENDINGS, DigitImageError, read_digit_image
+from experiments.predict import show
+from experiments.predict.calibration import UNSURE, calibrated
+from experiments.predict.digit_image import ENDINGS, DigitImageError, Picture, read_picture
 from experiments.training_run.console import warn
-from experiments.training_run.restored import RestoredRun, classifier, restore_run
 from experiments.training_run.run_files import RunFilesError
-from lstm_flax.checkpoints import CheckpointError
 
 PATIENCE = 0.2
 """Seconds for which an answer may wait for more pictures, to be computed in one batch with them."""
@@ -39,23 +45,65 @@ class Options:
     """Picture files, and folders, of which all files are read that are named as pictures."""
     workdir: Path = Path("runs/mnist_lstm")
     """Where the trained run lives."""
+    model: Path | None = None
+    """An export to read with, instead of a run."""
     json: bool = False
-    """Print a line of JSON a picture, with the probabilities of all classes."""
+    """Print a line of JSON a picture, with the box and all probabilities of each digit."""
+    single: bool = False
+    """Take each picture as one digit, whatever parts it has."""
+    show: Path | None = None
+    """Picture to write, a PNG: what the model saw beside what was given, of the first 100."""
 
 
-@command(RunFilesError, CheckpointError)
+class Reader(NamedTuple):
+    """What reads images, and how many of them it computes at once."""
+
+    classify: Callable[[np.ndarray], np.ndarray]  # uint8 [n, 28, 28] to probabilities [n, classes]
+    batch_size: int
+
+
+@command(RunFilesError, ExportError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Predict from a command line; returns the exit status."""
     options = read_flags(Options, argv, name="predict", description=__doc__)
     if not options.pictures:
         raise UsageError("name the pictures to read, files or folders")
-    trained = restore_run(options.workdir)
-    return 2 if predict(trained, options) else 0
+    if options.show and options.show.suffix.lower() != ".png":
+        raise UsageError(f"--show {options.show}: name a .png file to write")
+    reader = of_run(options.workdir) if options.model is None else of_export(options.model)
+    return 2 if predict(reader, options) else 0
 
 
-def predict(trained: RestoredRun, options: Options) -> int:
+def of_run(workdir: Path) -> Reader:
+    """Return the reader that a run has trained.
+
+    Raises:
+        RunFilesError: as `restore_run` does.
+        UsageError: no checkpoint can be restored.
+    """
+    from experiments.training_run.restored import classifier, restore_run  # imports Flax
+    from lstm_flax.checkpoints import CheckpointError
+
+    try:
+        trained = restore_run(workdir)
+    except CheckpointError as error:
+        raise UsageError(str(error)) from error
+    return Reader(classifier(trained), trained.config.batch_size)
+
+
+def of_export(path: Path) -> Reader:
+    """Return the reader in an export.
+
+    Raises:
+        ExportError: the file is no export.
+    """
+    logits = read_export(path).logits
+    return Reader(lambda images: softmax(logits(images), axis=-1), BATCH_SIZE)
+
+
+def predict(reader: Reader, options: Options) -> int:
     """Print each picture's answer as it comes; returns how many pictures are skipped."""
-    classify, show = classifier(trained), json_line if options.json else line
+    classify, describe = reader.classify, json_line if options.json else line
     files, skipped = [], 0
     for path in options.pictures:
         found = picture_files(path)
@@ -64,27 +112,34 @@ def predict(trained: RestoredRun, options: Options) -> int:
             skipped += 1
         files += found
     width = max((len(printable(file)) for file in files), default=0)
-    waiting: list[tuple[Path, np.ndarray]] = []  # read, and not answered yet
+    waiting: list[tuple[Path, Picture]] = []  # read, and not answered yet
+    shown: list[show.Seen] = []
     answered = 0.0  # when, in seconds
 
     def answer() -> None:
-        if waiting:
-            predictions = classify(np.stack([image for _, image in waiting]))
-            for (file, _), probabilities in zip(waiting, predictions, strict=True):
-                print(show(file, width, probabilities), flush=True)
-            waiting.clear()
+        images = [digit.image for _, picture in waiting for digit in picture.digits]
+        predictions = iter(calibrated(classify(np.stack(images))) if images else [])
+        for file, picture in waiting:
+            found = [Reading(digit.box, next(predictions)) for digit in picture.digits]
+            print(describe(file, width, found), flush=True)
+            if options.show and len(shown) < show.MOST_SHOWN:
+                shown.append(show.Seen(picture, printable(file.name), [*map(short, found)]))
+        waiting.clear()
 
     for file in files:
         try:
-            waiting.append((file, read_digit_image(file)))
+            waiting.append((file, read_picture(file, options.single)))
         except DigitImageError as error:
             answer()
             warn(f"skipped: {error}")
             skipped += 1
-        if len(waiting) == trained.config.batch_size or time.monotonic() > answered + PATIENCE:
+        if len(waiting) == reader.batch_size or time.monotonic() > answered + PATIENCE:
             answer()
             answered = time.monotonic()
     answer()
+    if options.show and shown:
+        with replacing(options.show) as new:
+            show.draw(shown).save(new)
     return skipped
 
 
@@ -104,26 +159,75 @@ def picture_files(path: Path) -> list[Path]:
     ]
 
 
-def line(path: Path, width: int, probabilities: np.ndarray) -> str:
+class Reading(NamedTuple):
+    """A digit that was read."""
+
+    box: tuple[int, int, int, int]  # left, top, right, bottom in the upright picture, in pixels
+    probabilities: np.ndarray  # float64 [classes], calibrated
+
+    @property
+    def label(self) -> int:
+        """The likeliest class."""
+        return likeliest(self.probabilities)[0]
+
+    @property
+    def probability(self) -> float:
+        """That of the label."""
+        return float(self.probabilities[self.label])
+
+
+def line(path: Path, width: int, readings: Sequence[Reading]) -> str:
     """A picture's result for a person; paths take so many characters."""
-    label, runner_up = likeliest(probabilities)
-    return (
-        f"{printable(path):{width}}  {label}  {probabilities[label]:6.1%}"
-        f"   or {runner_up}, {probabilities[runner_up]:.1%}"
-    )
+    name = f"{printable(path):{width}}"
+    if not readings:
+        return f"{name}  no digit"
+    probability = math.prod(reading.probability for reading in readings)
+    shown = f"{name}  {number(readings)}  {probability:6.1%}"
+    if len(readings) == 1:
+        (reading,) = readings
+        runner_up = likeliest(reading.probabilities)[1]
+        shown += f"   or {runner_up}, {reading.probabilities[runner_up]:.1%}"
+    return shown + ("   unsure" if is_unsure(readings) else "")
 
 
-def json_line(path: Path, width: int, probabilities: np.ndarray) -> str:
-    """A picture's result for a program."""
-    label, runner_up = likeliest(probabilities)
-    result: dict[str, Any] = {
-        "file": str(path),
-        "label": label,
-        "probability": float(probabilities[label]),
-        "runner_up": runner_up,
-        "probabilities": probabilities.tolist(),
+def json_line(path: Path, width: int, readings: Sequence[Reading]) -> str:
+    """A picture's result for a program; of one digit its label and probabilities stand on top."""
+    digits = [{"box": reading.box} | as_json(reading) for reading in readings]
+    result: dict[str, Any] = {"file": str(path)}
+    if len(readings) == 1:
+        result |= as_json(readings[0])
+    elif readings:
+        probability = math.prod(reading.probability for reading in readings)
+        result |= {"label": None, "probability": probability, "unsure": is_unsure(readings)}
+    else:
+        result |= {"label": None, "probability": None}
+    return json.dumps(result | {"number": number(readings) or None, "digits": digits})
+
+
+def as_json(reading: Reading) -> dict[str, Any]:
+    """What is known of one digit."""
+    return {
+        "label": reading.label,
+        "probability": reading.probability,
+        "runner_up": likeliest(reading.probabilities)[1],
+        "unsure": is_unsure([reading]),
+        "probabilities": reading.probabilities.tolist(),
     }
-    return json.dumps(result)
+
+
+def short(reading: Reading) -> str:
+    """A digit's result in a few words."""
+    return f"{reading.label}, {reading.probability:.1%}" + (" unsure" * is_unsure([reading]))
+
+
+def number(readings: Sequence[Reading]) -> str:
+    """The labels from left to right."""
+    return "".join(str(reading.label) for reading in readings)
+
+
+def is_unsure(readings: Sequence[Reading]) -> bool:
+    """Whether the answer may well be wrong."""
+    return math.prod(reading.probability for reading in readings) < UNSURE
 
 
 def likeliest(probabilities: np.ndarray) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.harness.batches import in_batches
 from experiments.harness.command import quieten
 from experiments.harness.usage import UsageError, command_line
 from experiments.training_run import from_config, run_files
@@ -70,15 +71,12 @@ def classifier(run: RestoredRun) -> Callable[[np.ndarray], np.ndarray]:
     to_sequence, batch_size = from_config.to_sequence(run.config), run.config.batch_size
 
     @jax.jit
-    def classify_batch(images: jax.Array) -> jax.Array:
+    def classify_batch(images):
         logits = run.model.apply({"params": run.params}, to_sequence(training.to_floats(images)))
         return jax.nn.softmax(jnp.asarray(logits))
 
     def classify(images: np.ndarray) -> np.ndarray:
-        # The last batch is filled up, so that all batches are computed in the same way.
-        filled = np.arange(-(-len(images) // batch_size) * batch_size) % len(images)
-        batches = filled.reshape(-1, batch_size)
-        return np.concatenate([classify_batch(images[batch]) for batch in batches])[: len(images)]
+        return in_batches(classify_batch, images, batch_size)
 
     return classify
 

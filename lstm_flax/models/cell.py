@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from lstm_flax.arguments import as_floats, check, check_floating, check_integer
+from lstm_flax.arguments import as_floats, check, check_flag, check_floating, check_integer
 
 Weights = dict[str, Any]
 """A cell's parameters by name, and its normalisations as functions."""
@@ -124,6 +124,8 @@ class RecurrentCell(nn.RNNCellBase):
             ValueError: one of them is not.
         """
         check_integer("hidden_size", self.hidden_size)
+        check_flag("use_bias", self.use_bias)
+        check_flag("layer_norm", self.layer_norm)
         check_floating("dtype", self.dtype)
         check_floating("param_dtype", self.param_dtype)
         check_activation("activation", self.activation)

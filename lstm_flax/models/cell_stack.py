@@ -7,11 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lstm_flax.arguments import as_floats, check_rate
+from lstm_flax.arguments import as_floats, check_flag, check_rate
 from lstm_flax.models.cell import RecurrentCell, check_carry
 from lstm_flax.models.forms import Axes, Sequences, check_flags, check_lengths
 from lstm_flax.models.stack import refuse_other_layers
-from lstm_flax.models.steps import is_asked_for_gates, scan_cells
+from lstm_flax.models.steps import check_unroll, is_asked_for_gates, scan_cells
 
 Carries = tuple[Any, ...]
 """The carry of each layer and direction."""
@@ -45,7 +45,7 @@ class CellStack(nn.Module):
         cells: one per layer; each reads the output of the one before it.
         bidirectional: also run each layer from the end to the start, with a copy of its cell that
             has its own parameters; the next layer reads both outputs, joined in the last axis.
-        reverse, time_major, return_carry: as in `LSTMStack`.
+        reverse, time_major, return_carry, unroll: as in `LSTMStack`.
         dropout: fraction of each layer's output that is dropped on its way to the next layer.
         hold_outputs: as in `LSTMStack`, but zeros come before a direction's first step.
 
@@ -60,11 +60,15 @@ class CellStack(nn.Module):
     time_major: bool = False
     hold_outputs: bool = False
     return_carry: bool = True
+    unroll: int | bool = 1
 
     def __post_init__(self) -> None:
         if not self.cells:
             raise ValueError("cells is empty: there is no layer to run")
         check_rate("dropout", self.dropout, may_be_one=True)
+        for name in ("bidirectional", "reverse", "time_major", "hold_outputs", "return_carry"):
+            check_flag(name, getattr(self, name))
+        check_unroll(self.unroll)
         if self.reverse and self.bidirectional:
             raise ValueError("reverse is for one direction: bidirectional has both already")
         super().__post_init__()
@@ -165,6 +169,7 @@ class CellStack(nn.Module):
                     starts=starts[n : n + 1],
                     deterministic=deterministic,
                     reverse=self.reverse or side == "_reverse",
+                    unroll=self.unroll,
                 )
                 final += last
                 outputs.append(output)

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lstm_flax.arguments import check_flag
 from lstm_flax.models.cell import (
     Activation,
     RecurrentCell,
@@ -126,6 +127,11 @@ class GRUStack(RecurrentStack):
 
     reset_after: bool = True
     recurrent_activation: Activation = jax.lax.logistic
+
+    def check_attributes(self) -> None:
+        """Check that the attributes are within their bounds."""
+        super().check_attributes()
+        check_flag("reset_after", self.reset_after)
 
     def make_cell(self, name: str | None) -> GRUCell:
         """Make the cell of one layer and direction."""

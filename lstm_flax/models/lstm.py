@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
-from lstm_flax.arguments import check_integer, check_rate
+from lstm_flax.arguments import check_flag, check_integer, check_rate
 from lstm_flax.models import cudnn
 from lstm_flax.models.cell import Activation, RecurrentCell, Weights, check_activation
 from lstm_flax.models.forms import Axes
@@ -236,6 +236,8 @@ class LSTMStack(RecurrentStack):
             each direction, or `h_0` before its first; otherwise those outputs are zero. Keras calls
             this `zero_output_for_mask=False`.
         return_carry: return `(outputs, carry)`; otherwise the outputs alone.
+        unroll: number of steps in one iteration of the scan, as in `jax.lax.scan`; True unrolls
+            the whole sequence. It takes longer to compile, and can train faster. Kernels ignore it.
         kernel_init, recurrent_init, bias_init, dtype, param_dtype, precision, activation,
             recurrent_activation: as in `LSTMCell`.
         implementation: what runs the layers. "scan" is `nn.scan` over cells, the reference that the
@@ -261,6 +263,7 @@ class LSTMStack(RecurrentStack):
         """Check that the attributes are within their bounds."""
         super().check_attributes()
         check_rate("zoneout_cell", self.zoneout_cell, may_be_one=True)
+        check_flag("peephole", self.peephole)
 
     def make_cell(self, name: str | None) -> LSTMCell:
         """Make the cell of one layer and direction."""

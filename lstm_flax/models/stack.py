@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
-from lstm_flax.arguments import as_floats, check_choice, check_integer, check_rate
+from lstm_flax.arguments import as_floats, check_choice, check_flag, check_integer, check_rate
 from lstm_flax.models.cell import (
     Activation,
     RecurrentCell,
@@ -25,7 +25,7 @@ from lstm_flax.models.cell import (
     orthogonal,
 )
 from lstm_flax.models.forms import Axes, Sequences, check_flags, check_lengths, flip
-from lstm_flax.models.steps import is_asked_for_gates, scan_cells
+from lstm_flax.models.steps import check_unroll, is_asked_for_gates, scan_cells
 
 logger = logging.getLogger("lstm_flax")
 
@@ -59,6 +59,7 @@ class RecurrentStack(nn.Module):
     reverse: bool = False
     hold_outputs: bool = False
     activation: Activation = jax.lax.tanh
+    unroll: int | bool = 1
 
     def __post_init__(self) -> None:
         self.check_attributes()
@@ -84,6 +85,9 @@ class RecurrentStack(nn.Module):
         check_rate("recurrent_dropout", self.recurrent_dropout)
         check_rate("zoneout", self.zoneout, may_be_one=True)
         check_choice("implementation", self.implementation, IMPLEMENTATIONS)
+        for name in ("bidirectional", "time_major", "return_carry", "reverse", "hold_outputs"):
+            check_flag(name, getattr(self, name))
+        check_unroll(self.unroll)
         if self.reverse and self.bidirectional:
             raise ValueError("reverse is for one direction: bidirectional has both already")
 
@@ -318,6 +322,7 @@ class RecurrentStack(nn.Module):
             zoneout=self.zoneout_rates(),
             deterministic=deterministic,
             reverse=reverse,
+            unroll=self.unroll,
         )
 
     def why_not_native(self, x: jax.Array, deterministic: bool = True) -> str | None:

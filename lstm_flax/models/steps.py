@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lstm_flax.arguments import check_integer
 from lstm_flax.models.cell import RecurrentCell, note
 from lstm_flax.models.forms import Sequences, where
 
@@ -74,6 +75,7 @@ def scan_cells(
     zoneout: Carry = 0.0,
     deterministic: bool = True,
     reverse: bool = False,
+    unroll: int | bool = 1,
 ) -> tuple[tuple[Carry, ...], jax.Array]:
     """Run cells over rows; each cell reads the output of the one before it.
 
@@ -88,6 +90,7 @@ def scan_cells(
         zoneout: rates, shaped as the carry of a cell.
         deterministic: switches zoneout's sampling off.
         reverse: start at the end.
+        unroll: as `jax.lax.scan` takes it.
 
     Returns:
         The final carries, and the outputs of the last cell, [rows, time, features].
@@ -100,6 +103,7 @@ def scan_cells(
         in_axes=(1, 1, 1, nn.broadcast, nn.broadcast),
         out_axes=1,
         reverse=reverse,
+        unroll=unroll,
     )(tuple(cells), zoneout, deterministic, with_gates)
     final, (outputs, shown) = step(
         tuple(carries),
@@ -114,6 +118,16 @@ def scan_cells(
             gates = {name: sequences.to_caller(gate) for name, gate in gates.items()}
             cell.show(gates, replace=not note(module, f"_has_shown_{cell.name}"))
     return final, outputs
+
+
+def check_unroll(unroll: Any) -> None:
+    """Check that `jax.lax.scan` takes this for the steps to unroll.
+
+    Raises:
+        ValueError: it is neither a positive integer nor True or False.
+    """
+    if not isinstance(unroll, bool):
+        check_integer("unroll", unroll)
 
 
 def is_asked_for_gates(module: nn.Module) -> bool:

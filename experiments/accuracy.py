@@ -2,10 +2,9 @@
 
     python -m experiments.accuracy [--recipe best] [--seeds 0 1 2 3 4] [--flags="--epochs 5"]
 
-Each seed is a run of experiments.mnist_lstm in a workdir of its own; the same command goes on where
-it was cut off, and a run that is finished is only evaluated. Each result is the last step's: the
-test set chooses nothing.
-"""
+Each seed is a run of experiments.mnist_lstm in its own workdir. The same command resumes where it
+was interrupted, and only evaluates runs that are finished. Each result is that of the last step:
+the test set chooses nothing."""
 
 import csv
 import dataclasses
@@ -32,11 +31,11 @@ class Options:
     """The flags, with their defaults."""
 
     workdir: Path = Path("runs/accuracy")
-    """Where the runs live, RECIPE-seed0 and so on, and the table of their results."""
+    """Folder of the runs, RECIPE-seed0 and so on, and of the table of their results."""
     recipe: RecipeName = "best"
-    """As in experiments.mnist_lstm."""
+    """Recipe, as in experiments.mnist_lstm."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Of the runs."""
+    """Seeds of the runs."""
     flags: str = ""
     """Further flags of experiments.mnist_lstm, in one string: --flags="--epochs 5"."""
 
@@ -69,13 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def summary(evaluations: Sequence[dict[str, Any]]) -> str:
-    """A table in Markdown: a row a seed, then their mean and sample standard deviation."""
+    """Return a table in Markdown: a row per seed, then mean and sample standard deviation."""
     rows = [
         [str(e["seed"]), f"{e['correct']:,} of {e['total']:,}", f"{e['test_accuracy']:.2%}"]
         for e in evaluations
     ]
     accuracies = 100 * np.array([e["test_accuracy"] for e in evaluations])
-    # As fine as the test set: 0.1 % where that is one of 1,000 images.
+    # As many digits as the test set resolves: 0.1 % if it has 1,000 images.
     digits = max(0, math.ceil(math.log10(evaluations[0]["total"])) - 2)
     spread = f" ± {accuracies.std(ddof=1):.{digits}f}" if len(accuracies) > 1 else ""
     rows.append(["mean ± standard deviation", "", f"{accuracies.mean():.{digits}f}{spread} %"])

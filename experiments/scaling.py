@@ -2,11 +2,10 @@
 
     python -m experiments.scaling
 
-Measures a train step at four sizes of each, the others as in the MNIST experiment, and fits
-`seconds ~ size ** exponent`. Takes two minutes on 2 CPU cores. Devices are virtual ones, which
+Measures a train step at four sizes of each, with the other sizes as in the MNIST experiment, and
+fits `seconds ~ size ** exponent`. Takes two minutes on 2 CPU cores. The devices are virtual and
 share the machine's cores: they show what the division itself costs, not what more machines gain.
-They scan, on one device too; all else is as `implementation="auto"` has it.
-"""
+The rows of devices scan, on one device too; the others use `implementation="auto"`."""
 
 import contextlib
 import dataclasses
@@ -40,13 +39,13 @@ SIZES = {
     "devices": [1, 2, 4, 8],
 }
 FEATURES = 28
-RUNS = 7  # of which the median counts
+RUNS = 7  # timed steps; the table has their median
 
 
 def measure(
     batch: int, steps: int, hidden: int, layers: int, *, implementation: Implementation
 ) -> dict[str, float]:
-    """Median seconds of a train step, and the bytes that it needs on a device beside its state."""
+    """Return the median seconds of a train step, and its bytes on a device besides the state."""
     with jax.set_mesh(training.data_mesh()):
         rng = np.random.default_rng(0)
         examples = {
@@ -77,7 +76,7 @@ def _seconds(step, *arguments) -> float:
 def measure_apart(
     sizes: dict[str, int], *, implementation: Implementation = "auto"
 ) -> dict[str, float]:
-    """`measure` in a process of its own, which has as many devices as asked for."""
+    """Run `measure` in a new process that has this many devices."""
     sizes = dict(sizes)
     devices = f"--xla_force_host_platform_device_count={sizes.pop('devices')}"
     command = [sys.executable, "-m", "experiments.scaling", "--only", json.dumps(sizes)]
@@ -91,7 +90,7 @@ def measure_apart(
 
 
 def exponent(sizes: list[int], values: list[float]) -> float:
-    """Slope of the straight line through the logarithms."""
+    """Return the slope of the straight line through the logarithms."""
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
@@ -103,14 +102,14 @@ class Options:
     """Sizes as JSON, such as '{"batch": 64, "steps": 28, "hidden": 256, "layers": 2}': measure them
     on this process's devices, and print seconds and bytes as JSON."""
     implementation: Implementation = "auto"
-    """With --only: scan on one CPU too, or let the native kernel stand in where it can."""
+    """With --only: "scan", or "auto", which may choose the native kernel."""
 
 
-def sizes_asked_for(only: str) -> dict[str, int]:
+def parse_sizes(only: str) -> dict[str, int]:
     """Read sizes from JSON.
 
     Raises:
-        UsageError: they are not all that `measure` takes, each at least 1.
+        UsageError: a size is missing, unknown or below 1.
     """
     names = [name for name in BASE if name != "devices"]
     with contextlib.suppress(ValueError):
@@ -123,10 +122,10 @@ def sizes_asked_for(only: str) -> dict[str, int]:
 
 @command()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure all sizes, and print a table in Markdown; or measure the sizes asked for."""
+    """Measure all sizes and print a table in Markdown, or measure the sizes of --only."""
     options = read_flags(Options, argv, name="scaling", description=__doc__)
     if options.only:
-        sizes = sizes_asked_for(options.only)
+        sizes = parse_sizes(options.only)
         print(json.dumps(measure(**sizes, implementation=options.implementation)))
         return 0
     print(scaling_table())
@@ -134,13 +133,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def scaling_table() -> str:
-    """Measure all sizes of each thing that grows; a table in Markdown."""
+    """Measure all sizes; returns a table in Markdown."""
     print_status(
         f"measuring {counted(sum(map(len, SIZES.values())), 'size')}, each in its own process"
     )
     rows = []
     for name, sizes in tqdm(SIZES.items(), disable=None):
-        # The native kernel is for one device: with it there, they would not be compared alike.
+        # Several devices can't share the native kernel, so one device scans too.
         implementation: Implementation = "scan" if name == "devices" else "auto"
         measured: list[dict[str, Any]] = [
             measure_apart(BASE | {name: size}, implementation=implementation) for size in sizes

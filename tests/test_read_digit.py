@@ -153,7 +153,7 @@ def test_the_command_shows_what_the_run_does(trained, data_dir, tmp_path, capsys
     printed = capsys.readouterr().out
     evaluation, restored = read_eval(trained), restore_run(trained)
     wrong = evaluation["total"] - evaluation["correct"]
-    assert f"{wrong:,} of 1,000 test images are read wrongly" in printed
+    assert f"{wrong:,} of 1,000 test images are misread" in printed
 
     folder = trained / "figures"
     names = ("read_digit", "gates", "mistakes")

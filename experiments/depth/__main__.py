@@ -1,17 +1,16 @@
-"""What depth and gates cost, and what they bring: RNN, GRU and LSTM of one to three layers.
+"""The cost and the benefit of depth and gates: RNN, GRU and LSTM of one to three layers.
 
     python -m experiments.depth [--dataset mnist] [--figures runs/depth] [...]
 
-For each kind and number of layers: the parameters, counted and by formula; the time of a train
-step; and the test accuracy, mean and 95% interval over seeds. Prints a table in Markdown, and
-draws two figures, each with its data beside it as CSV.
+For each kind and number of layers, this measures the parameters (counted and by formula), the time
+of a train step, and the test accuracy (mean and 95% interval over seeds). It prints a table in
+Markdown and draws two figures, each with its data beside it as CSV.
 
-What is shortened, so that all 27 trainings take minutes: 4,000 training images in place of
-60,000; 128 units in place of 256; no augmentation. All models share one recipe, which is tuned
-for none of them: each may do better with its own. With three seeds the intervals are wide, and
-as all seeds share one test set, they do not hold the error of its finite size. It takes 13
-minutes on 2 CPU cores that other work shares; the models take turns being timed.
-"""
+To finish in minutes, the 27 trainings use 4,000 training images instead of 60,000, 128 units
+instead of 256, and no augmentation. All models share one recipe, which is tuned for none of them:
+each may do better with its own. With three seeds the intervals are wide. All seeds share one test
+set, so the intervals leave out the error of its finite size. A run takes 13 minutes on 2 CPU cores
+that other work shares. The models take turns when they are timed."""
 
 import dataclasses
 import sys
@@ -50,17 +49,17 @@ class Options(DataFlags):
     hidden_size: int = 128
     """Units of each layer."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """With which to train each model, once with each; at least two."""
+    """Seeds, at least two; each model is trained once with each."""
     epochs: int = 12
     """Passes over the training images."""
     batch_size: int = 128
-    """Images a step."""
+    """Images per step."""
     learning_rate: float = 4e-3
     """Peak of AdamW's one-cycle learning rate, the same for all models."""
     train_images: int = 4000
     """Training images, the first ones of each class; the same for all seeds."""
     rounds: int = 15
-    """Turns of each model when train steps are timed; the median counts."""
+    """Turns of each model when train steps are timed; the table has the median."""
     figures: Path = Path("runs/depth")
     """Folder of the figures."""
 
@@ -75,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(options: Options) -> None:
-    """Refuse at once what would be wrong only after all is computed.
+    """Check the flags before anything is computed.
 
     Raises:
         UsageError: a flag's value can't be used.
@@ -83,12 +82,12 @@ def check(options: Options) -> None:
     check_numbers(options)
     if not options.layers or min(options.layers) < 1:
         raise UsageError("--layers must be numbers of at least 1")
-    check_seeds(options.seeds, least=2)  # one alone has no interval
+    check_seeds(options.seeds, least=2)  # a single seed has no interval
 
 
 def run(options: Options, drawn: Figures) -> None:
-    """Train, time and count all models; print and draw."""
-    from experiments.depth import figures  # it needs matplotlib
+    """Train, time and count all models; print and draw the results."""
+    from experiments.depth import figures  # needs matplotlib
 
     dataset, splits = read_splits(options, options.dataset, "train", "test")
     test, chosen = splits["test"], first_of_each_class(splits["train"], options.train_images)
@@ -111,7 +110,7 @@ def run(options: Options, drawn: Figures) -> None:
 
 
 def compare(options: Options, train_set: Batch, test_set: Batch) -> list[Row]:
-    """Time and train all models, the kinds one after the other, each from few layers to many."""
+    """Time and train all models, kind by kind, each from few layers to many."""
     recipe = Recipe(options.epochs, options.batch_size, options.learning_rate, weight_decay=1e-2)
     names = [(kind, layers) for kind in KINDS for layers in sorted(set(options.layers))]
     tx, keys = recipe.optimizer(train_set), [Keys.from_seed(seed) for seed in options.seeds]
@@ -128,7 +127,7 @@ def compare(options: Options, train_set: Batch, test_set: Batch) -> list[Row]:
         if make_model(kind, layers, options.hidden_size).core.why_not_native(sample) is None:
             scanning = make_model(kind, layers, options.hidden_size, "scan")
             timed[kind, layers, "scan"] = states[kind, layers][0].replace(apply_fn=scanning.apply)
-    print_status(f"timing {counted(len(timed), 'model')}, which are compiled first")
+    print_status(f"timing {counted(len(timed), 'model')}, after compiling them")
     seconds = step_seconds(timed, recipe, train_set, options.rounds)
 
     print_status(f"training {counted(len(names) * len(keys), 'model')}")
@@ -155,7 +154,7 @@ def compare(options: Options, train_set: Batch, test_set: Batch) -> list[Row]:
 
 
 def table(rows: Sequence[Row], hidden_size: int) -> str:
-    """All figures in Markdown, a line a model."""
+    """Return all results in Markdown, a line per model."""
     header = [
         "",
         "layers",

@@ -1,4 +1,4 @@
-"""What was found out about depth and gates, drawn; needs matplotlib."""
+"""The figures of depth and gates; needs matplotlib."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +10,16 @@ from experiments.depth.parameters import FEATURES, KINDS, PARTS, formula
 from experiments.harness import plots
 
 HATCHES = ("", "///", "...", "xxx")
-"""One for each part of the parameters, beside its colour."""
+"""The hatch of each part of the parameters; each has a colour too."""
 
 
 def draw_results(rows: Sequence[Row], test_images: str, path: Path) -> None:
-    """Draw test accuracy and time against the number of layers, a line a kind.
+    """Draw test accuracy and time against the number of layers, a line per kind.
 
     Args:
-        rows: of all models.
-        test_images: which they are, in words.
-        path: of the figure.
+        rows: the results of all models.
+        test_images: a description of the test images.
+        path: where to save the figure.
     """
     figure = plots.new_figure(10, 4)
     accuracy, milliseconds = figure.subplots(1, 2)
@@ -65,7 +65,7 @@ def _draw_times(panel, rows: Sequence[Row], field: str, look: int, label: str) -
 
 
 def result_columns(rows: Sequence[Row]) -> dict[str, list]:
-    """What `draw_results` shows, as columns: a line a model."""
+    """Return the data of `draw_results` as columns, with a line per model."""
     intervals = [t_interval([*row.accuracies.values()]) for row in rows]
     columns: dict[str, list] = {
         "kind": [row.kind for row in rows],
@@ -84,13 +84,13 @@ def result_columns(rows: Sequence[Row]) -> dict[str, list]:
 def draw_parameters(
     rows: Sequence[Row], places: dict[str, dict[str, int]], hidden_size: int, path: Path
 ) -> None:
-    """Draw the parameters of all models, and where those of the deepest LSTM are.
+    """Draw the parameters of all models, and their places in the deepest LSTM.
 
     Args:
-        rows: of all models.
-        places: the LSTM's parameters, by place and by what they are for.
+        rows: the results of all models.
+        places: the LSTM's parameters, by place and by purpose.
         hidden_size: units of each layer.
-        path: of the figure.
+        path: where to save the figure.
     """
     figure = plots.new_figure(11, 4)
     totals, bars = figure.subplots(1, 2, width_ratios=(2, 3))
@@ -137,7 +137,7 @@ def draw_parameters(
 def parameter_columns(
     rows: Sequence[Row], places: dict[str, dict[str, int]], hidden_size: int
 ) -> dict[str, list]:
-    """What `draw_parameters` shows, as columns: all models first, then the LSTM's parts."""
+    """Return the data of `draw_parameters` as columns: all models, then the parts of the LSTM."""
     lines: list[tuple] = [
         (
             row.kind,

@@ -1,4 +1,4 @@
-"""What is measured of a model: its train steps' time, and the spread of its accuracy."""
+"""Measurements of a model: the time of its train steps, and the interval of its accuracy."""
 
 import time
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from lstm_flax.data import Split
 from lstm_flax.training import Batch, Keys, Metrics
 
 STEPS_A_TURN = 8
-"""Train steps that are timed as one."""
+"""Train steps in one timed turn."""
 
 Name = TypeVar("Name")
 
 
 def first_of_each_class(split: Split, size: int) -> Split:
-    """A subset of `size` examples, in their order, with as many of each class as there can be."""
+    """Return `size` examples in their order, with the classes as equal in number as possible."""
     place_in_class = np.empty(len(split.labels), int)
     for label in np.unique(split.labels):
         of_class = np.flatnonzero(split.labels == label)
@@ -32,7 +32,7 @@ def first_of_each_class(split: Split, size: int) -> Split:
 
 
 class Row(NamedTuple):
-    """What was found out about one model."""
+    """The results of one model."""
 
     kind: str
     layers: int
@@ -43,7 +43,7 @@ class Row(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """A mean, and between which bounds it lies with 95% confidence."""
+    """A mean and its 95% confidence interval."""
 
     mean: float
     low: float
@@ -51,7 +51,7 @@ class Interval(NamedTuple):
 
 
 def t_interval(values: Sequence[float]) -> Interval:
-    """The mean of independent values, at least two, with its 95% interval (Student 1908)."""
+    """Return the mean of at least two independent values and its 95% interval (Student 1908)."""
     mean = float(np.mean(values))
     half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
     return Interval(mean, mean - half, mean + half)
@@ -60,10 +60,10 @@ def t_interval(values: Sequence[float]) -> Interval:
 def step_seconds(
     states: dict[Name, TrainState], recipe: Recipe, train_set: Batch, rounds: int
 ) -> dict[Name, float]:
-    """Median seconds of a train step of each state, compile time left out.
+    """Return the median seconds of a train step of each state, without compile time.
 
-    The states take turns, of `STEPS_A_TURN`, so that no slow moment of the machine falls to one of
-    them alone.
+    The states take turns of `STEPS_A_TURN` steps, so that a slow moment of the machine meets all of
+    them.
     """
     keys = Keys.from_seed(0)
     states = {name: jax.tree.map(jnp.copy, state) for name, state in states.items()}

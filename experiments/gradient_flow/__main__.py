@@ -9,15 +9,14 @@ One layer, vanilla RNN and LSTM, in three parts:
 - clipping: what clipping the gradient changes in the training of an RNN, and what it does not.
 - memory: test accuracy when blank rows come after the digit, the same training for all.
 
-Writes figures, each with its data as CSV beside it, and prints tables in Markdown. All of it takes
-13 minutes of CPU time; 11 minutes on 2 cores that did other work too. For that the trainings are
-short, on 4,000 images: five epochs of rows suffice for 73% to 89% of the test images, one epoch of
-pixels for nothing better than guessing.
+Writes figures, each with its data as CSV beside it, and prints tables in Markdown. All parts
+together take 13 minutes of CPU time, or 11 minutes on 2 cores that do other work too. The
+trainings are short, on 4,000 images: five epochs of rows reach 73% to 89% of the test images, and
+one epoch of pixels is no better than guessing.
 
-float32 ends at 1e38: over 784 pixels the RNN of gain 1.5 becomes NaN in its first train step, and
-the LSTM of forget bias 3 stands still, since the squares of its gradient, 1e22, overflow, and it is
-divided by an infinite norm. Clipping comes too late for both.
-"""
+float32 ends at 1e38. Over 784 pixels, the RNN of gain 1.5 becomes NaN in its first train step. The
+LSTM of forget bias 3 does not move: the squares of its gradient, 1e22, overflow, and clipping
+divides the gradient by an infinite norm. Clipping comes too late for both."""
 
 import dataclasses
 import sys
@@ -58,29 +57,29 @@ class Options(DataFlags):
     part: Literal["all", "flow", "clipping", "memory"] = "all"
     """What to measure."""
     images: int = 4000
-    """Training images, the first so many; all where there are fewer."""
+    """Number of training images: the first ones, or all if there are fewer."""
     test_images: int = 1000
-    """Test images, the same."""
+    """Number of test images: the first ones, or all if there are fewer."""
     hidden_size: int = 128
-    """Units of the one layer."""
+    """Units of the layer."""
     epochs: int = 5
-    """Passes over the training images, where a digit is read row by row."""
+    """Passes over the training images when digits are read row by row."""
     pixel_epochs: int = 1
-    """The same, where it is read pixel by pixel."""
+    """Passes over the training images when digits are read pixel by pixel."""
     batch_size: int = 100
-    """Images a train step."""
+    """Images per train step."""
     learning_rate: float = 2e-3
     """Peak of AdamW's one-cycle learning rate."""
     clipping_steps: int = 100
-    """Train steps of the part clipping."""
+    """Train steps in the part clipping."""
     clipping_rate: float = 0.3
-    """Learning rate there, of plain gradient descent."""
+    """Learning rate of plain gradient descent in the part clipping."""
     probes: int = 64
-    """Test images whose gradients are followed; the first so many."""
+    """Number of test images whose gradients are followed."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the trainings of each point of the part memory."""
+    """Seeds of the trainings in the part memory."""
     seed: int = 0
-    """Of parameters and order of the images in the other parts."""
+    """Seed of the parameters and of the order of images in the other parts."""
 
 
 @command(DataError)
@@ -95,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(options: Options, drawn: Figures) -> None:
     """Measure, draw and print each part."""
-    from experiments.gradient_flow import figures  # matplotlib is not always installed
+    from experiments.gradient_flow import figures  # needs matplotlib
 
     splits = load_splits(options)
     if options.part in ("all", "flow"):
@@ -126,10 +125,10 @@ def run(options: Options, drawn: Figures) -> None:
 
 
 def load_splits(options: Options) -> dict[str, Split]:
-    """Read the images that are used.
+    """Read the images of both splits.
 
     Raises:
-        DataError: they can't be had.
+        DataError: they are not available.
         UsageError: they do not fill a batch.
     """
     _, whole = read_splits(options, options.dataset, "train", "test")
@@ -142,7 +141,7 @@ def load_splits(options: Options) -> dict[str, Split]:
 
 
 def first(split: Split, count: int) -> Split:
-    """The first `count` examples."""
+    """Return the first `count` examples."""
     return Split(split.images[:count], split.labels[:count])
 
 
@@ -166,7 +165,7 @@ def measure_flow(options: Options, splits: dict[str, Split]) -> list[Flow]:
 
 
 def measure_clipping(options: Options, splits: dict[str, Split]) -> dict[tuple[str, bool], Trace]:
-    """Train an RNN whose gradient explodes and one whose gradient vanishes, both ways."""
+    """Train an RNN with exploding and one with vanishing gradients, with and without clipping."""
     variants = rnns(options.hidden_size, 1.5, 0.5)
     train_data, probe = as_rows(splits["train"]), as_rows(first(splits["test"], options.probes))
     keys = Keys.from_seed(options.seed)
@@ -189,7 +188,7 @@ def measure_clipping(options: Options, splits: dict[str, Split]) -> dict[tuple[s
 
 
 def measure_memory(options: Options, splits: dict[str, Split]) -> dict[int, dict[str, list[float]]]:
-    """Accuracies of all seeds, by the number of blank rows and the variant's label."""
+    """Return the accuracies of all seeds, by the number of blank rows and the variant's label."""
     variants = all_variants(options.hidden_size)
     recipe = Recipe(options.epochs, options.batch_size, options.learning_rate)
     return {
@@ -199,7 +198,7 @@ def measure_memory(options: Options, splits: dict[str, Split]) -> dict[int, dict
 
 
 def flow_table(flows: Sequence[Flow]) -> str:
-    """What is left at the first step of the gradient at the last, and the accuracies."""
+    """Return the first step's gradient relative to the last step's, and the accuracies."""
     by_key = {(flow.label, flow.sequence, flow.is_trained): flow for flow in flows}
     moments = [(s, t) for s in ("rows", "pixels") for t in (False, True)]
     header = ["first step's gradient / last step's"]
@@ -219,7 +218,7 @@ def flow_table(flows: Sequence[Flow]) -> str:
 
 
 def clipping_table(traces: dict[tuple[str, bool], Trace]) -> str:
-    """Largest and median norm, last loss, and reach."""
+    """Return the median and largest norm, the last loss and the reach."""
     header = ["", "clipped", "median norm", "largest norm", "mean loss of the last ten steps"]
     header += ["median first step's gradient / last step's"]
     rows = [
@@ -237,7 +236,7 @@ def clipping_table(traces: dict[tuple[str, bool], Trace]) -> str:
 
 
 def memory_table(found: dict[int, dict[str, list[float]]]) -> str:
-    """Mean test accuracy, and in brackets the lowest and highest of the seeds."""
+    """Return the mean test accuracy, and in brackets the lowest and highest of the seeds."""
     header = ["test accuracy, %", *(f"{blank} blank rows" for blank in found)]
     rows = []
     for label in next(iter(found.values())):

@@ -15,7 +15,7 @@ CLIP_NORM = 1.0
 
 
 class Trace(NamedTuple):
-    """What happens at each step of a training; all arrays are [steps]."""
+    """What was recorded at each train step; all arrays are [steps]."""
 
     norm: np.ndarray  # global norm of all parameters' gradient, before any clipping
     loss: np.ndarray  # mean cross-entropy of the step's batch, nats
@@ -25,12 +25,12 @@ class Trace(NamedTuple):
 def watched_descent(learning_rate: float, clip_norm: float | None) -> optax.GradientTransformation:
     """Plain gradient descent that keeps each gradient's norm as it was before clipping.
 
-    Plain, as the claim about clipping has it: Adam divides gradients by their size, and does with
-    that much of what clipping is for.
+    The claim about clipping is about plain gradient descent. Adam divides gradients by their size,
+    which already does much of what clipping does.
 
     Args:
-        learning_rate: of every step.
-        clip_norm: scale gradients of a larger global norm down to it; None scales none.
+        learning_rate: the learning rate of every step.
+        clip_norm: largest global norm; larger gradients are scaled down to it. None: no clipping.
     """
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
     return optax.chain(optax.snapshot("norm", optax.tree.norm), clip, optax.sgd(learning_rate))
@@ -46,16 +46,16 @@ def trace(
     steps: int,
     batch_size: int,
 ) -> Trace:
-    """Train, and watch each step.
+    """Train, and record each step.
 
     Args:
         variant: what to train.
         tx: from `watched_descent`.
         data: training set.
         probe: digits whose gradients are followed back in time.
-        keys: of the training.
-        steps: how many.
-        batch_size: images a step.
+        keys: keys of the training.
+        steps: number of train steps.
+        batch_size: images per step.
     """
     state = start(variant, tx, data, keys)
     x = training.to_floats(probe["image"])

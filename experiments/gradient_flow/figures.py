@@ -1,4 +1,4 @@
-"""The figures; see `experiments.harness.plots` for their look."""
+"""The figures, in the style of `experiments.harness.plots`."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from experiments.gradient_flow.models import all_variants
 from experiments.harness import plots
 
 LABELS = [variant.label for variant in all_variants(hidden_size=1)]
-"""A variant has the same look in all figures."""
+"""The variants, in the order of their line styles in all figures."""
 
 FLOAT32_EPSILON = float(np.finfo(np.float32).eps)
 
@@ -20,26 +20,26 @@ SEQUENCES = {
     "rows": ("28 rows", [1e-9, 1e-6, 1e-3, 1, 1e3]),
     "pixels": ("784 pixels", [1e-20, 1e-10, 1, 1e10, 1e20]),
 }
-"""By the flow's name: what it is called, and the axis from end to end; the CSV has the rest."""
+"""By sequence: its title and the ticks of its axis; the CSV holds what lies outside."""
 
 REACHES = [1e-20, 1e-15, 1e-10, 1e-5, 1]
-"""The same of the axis that says how far the gradient reaches."""
+"""Ticks of the axis of the gradient's reach."""
 
 PATHS = {
     (False, "h"): r"RNN: $\|\partial L/\partial h_t\|$",
     (True, "h"): r"LSTM: $\|\partial L/\partial h_t\|$",
     (True, "c"): r"LSTM: $\|\partial L/\partial c_t\|$",
 }
-"""The states that a gradient flows through: is it an LSTM's, and which one."""
+"""Titles of the states that a gradient flows through, by (is an LSTM, state)."""
 
 
 def draw_flow(flows: Sequence[Flow], title: str, path: Path) -> None:
-    """Gradient norms over time steps: a row of panels for each sequence, a column for each state.
+    """Draw gradient norms over time steps: a row of panels per sequence, a column per state.
 
     Args:
-        flows: of one moment, initialisation or after training, all variants and sequences.
-        title: says which moment.
-        path: of the picture.
+        flows: all variants and sequences, either at initialisation or after training.
+        title: title of the figure.
+        path: where to save the figure.
     """
     figure = plots.new_figure(11, 7)
     panels = figure.subplots(len(SEQUENCES), len(PATHS), sharex="row", sharey="row")
@@ -90,7 +90,7 @@ def _draw_line(panel: Any, flow: Flow, state: str) -> Any:
 
 
 def _accuracies(flows: Sequence[Flow]) -> str:
-    """A title's second line: what training came to; none before it."""
+    """Return the second line of a title: the accuracies; empty before training."""
     trained = [flow.accuracy for flow in flows if flow.is_trained]
     return f"\ntest accuracy {min(trained):.0%} to {max(trained):.0%}" if trained else ""
 
@@ -108,11 +108,11 @@ def _flow_columns(shown: Sequence[tuple[Flow, str]]) -> dict[str, list[Any]]:
 
 
 def draw_clipping(traces: Mapping[tuple[str, bool], Trace], path: Path) -> None:
-    """Norm, loss and reach over the steps of trainings with and without clipping.
+    """Draw norm, loss and reach over the steps of trainings with and without clipping.
 
     Args:
         traces: by the variant's label, and whether it clips.
-        path: of the picture.
+        path: where to save the figure.
     """
     labels = list(dict.fromkeys(label for label, _ in traces))
     figure = plots.new_figure(11, 6.5)
@@ -174,11 +174,11 @@ def _scale_clipping(panels: np.ndarray, labels: Iterable[str], titles: Iterable[
 
 
 def draw_memory(found: Mapping[int, Mapping[str, Sequence[float]]], path: Path) -> None:
-    """Test accuracy over the number of blank rows: the mean over seeds, from lowest to highest.
+    """Draw test accuracy over the number of blank rows: mean, lowest and highest of the seeds.
 
     Args:
         found: the accuracies of all seeds, by the number of blank rows and the variant's label.
-        path: of the picture.
+        path: where to save the figure.
     """
     figure = plots.new_figure(10, 4.5)
     panels = figure.subplots(1, 2, sharey=True)

@@ -1,8 +1,8 @@
 """The gradient of the loss with respect to each earlier state, exactly.
 
 A zero is added to the state after each step, and the loss is differentiated with respect to these
-zeros: that is dL/dh_t and dL/dc_t, with all that follows from the state of step t, and nothing
-else. It is done in float64, where 784 steps of vanishing or exploding stay within range.
+zeros. That gives dL/dh_t and dL/dc_t, through everything that follows from the state of step t. The
+computation is in float64, so that 784 steps of vanishing or exploding stay within range.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,10 +37,10 @@ CELL_OF: dict[type[RecurrentStack], type[RecurrentCell]] = {
 
 
 class Flow(NamedTuple):
-    """How the gradient flows back through one model."""
+    """The gradient's flow back through one model."""
 
-    sequence: str  # what it reads: "rows" or "pixels"
-    label: str  # the variant's
+    sequence: str  # "rows" or "pixels"
+    label: str  # of the variant
     is_trained: bool
     accuracy: float  # on the test set, a fraction
     norms: dict[str, np.ndarray]  # as `mean_norms` returns them
@@ -62,11 +62,11 @@ def before_and_after(
 
     Args:
         variants: what to train.
-        sequence: what the datasets are read as.
+        sequence: how the datasets are read.
         datasets: "train" and "test".
         probe: digits whose gradients are followed; none of those in "train".
-        keys: of the trainings.
-        recipe: of the trainings.
+        keys: keys of the trainings.
+        recipe: recipe of the trainings.
     """
     data, x = datasets["train"], training.to_floats(probe["image"])
     tx = recipe.optimizer(data)
@@ -85,7 +85,7 @@ def before_and_after(
 def mean_norms(
     model: SequenceClassifier, params: Any, x: jax.Array, labels: jax.Array
 ) -> dict[str, np.ndarray]:
-    """Norms ||dL/dh_t||, and for an LSTM ||dL/dc_t||, of each digit's own loss L; their mean.
+    """Return the norms ||dL/dh_t||, and for an LSTM ||dL/dc_t||, averaged over digits with loss L.
 
     Args:
         model: with one layer, an `LSTMStack` or `RNNStack`.
@@ -105,7 +105,7 @@ def mean_norms(
 
 
 def norm(vectors: jax.Array) -> jax.Array:
-    """Euclidean norm along the last axis, also where the squares would be zero or infinite."""
+    """Return the Euclidean norm along the last axis, without under- or overflow of the squares."""
     largest = jnp.abs(vectors).max(-1, keepdims=True)
     scaled = vectors / jnp.where(largest > 0, largest, 1)
     return jnp.linalg.norm(scaled, axis=-1) * largest[..., 0]
@@ -113,11 +113,11 @@ def norm(vectors: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnames="cell")
 def state_gradients(cell: RecurrentCell, params: Any, x: jax.Array, labels: jax.Array) -> Any:
-    """Gradient of each sequence's loss with respect to its state after each step.
+    """Return the gradient of each sequence's loss with respect to its state after each step.
 
     Args:
-        cell: of the one layer.
-        params: of a `SequenceClassifier` with that layer.
+        cell: the cell of the layer.
+        params: parameters of a `SequenceClassifier` with that layer.
         x: [batch, time, features], in the cell's dtype.
         labels: int [batch].
 
@@ -135,7 +135,7 @@ def state_gradients(cell: RecurrentCell, params: Any, x: jax.Array, labels: jax.
 def loss(
     cell: RecurrentCell, params: Any, x: jax.Array, labels: jax.Array, nudges: Any
 ) -> jax.Array:
-    """Cross-entropy from the last `h`, summed over sequences, so that each has its own gradient.
+    """Return the cross-entropy from the last `h`, summed: each sequence has its own gradient.
 
     Args:
         cell, params, x, labels: as for `state_gradients`.
@@ -153,9 +153,9 @@ def loss(
 
 
 def nudged_step(cell: RecurrentCell, params: Any, carry: Any, x: jax.Array, nudge: Any) -> Any:
-    """One step of the cell, and `nudge` added to the carry that it leaves.
+    """Run one step of the cell, and add `nudge` to the carry that it returns.
 
-    What is added to `c_t` reaches `h_t = o_t ⊙ tanh(c_t)` too: the loss may read it there.
+    A nudge of `c_t` changes `h_t = o_t ⊙ tanh(c_t)` too, since the loss may read it there.
     """
     if not isinstance(cell, LSTMCell):
         return cell.apply({"params": params}, carry, x)[0] + nudge

@@ -1,1 +1,1 @@
-"""A trained run, watched while it reads: see `__main__`."""
+"""Watch a trained run read digits: see `__main__`."""

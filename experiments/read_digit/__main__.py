@@ -4,9 +4,9 @@
 
 Draws three figures, each with its data beside it as CSV:
 
-- read_digit: the picture, and beside each row what the model believes once it has read that row
+- read_digit: the image, and beside each row the class probabilities after that row
 - gates: the gates and the cell state of every unit of every layer, after each row
-- mistakes: the digits that it gets wrong, the most confident mistakes first
+- mistakes: the digits that it misreads, the most confident mistakes first
 """
 
 import dataclasses
@@ -42,11 +42,11 @@ class Options(DataPlaces):
     """The flags, with their defaults."""
 
     workdir: Path = Path("runs/mnist_lstm")
-    """Where the trained run lives; it may be training still, and goes on undisturbed."""
+    """Folder of the trained run, which may still be training."""
     index: int = 0
     """Which test image to read, counted from 0."""
     mistakes: int = 12
-    """How many of the wrongly read test images to show; 0: none."""
+    """Number of misread test images to show; 0 shows none."""
     figures: Path | None = None
     """Folder of the figures; None is the folder figures in the workdir."""
 
@@ -56,13 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Read a digit from a command line; returns the exit status."""
     options = read_flags(Options, argv, name="read_digit", description=__doc__)
     check_numbers(options, "index", "mistakes")
-    check_packages("figures", "matplotlib")  # now, and not once the run is restored
+    check_packages("figures", "matplotlib")  # before the run is restored, which takes seconds
     run(options)
     return 0
 
 
 def run(options: Options) -> None:
-    """Restore the run, read the digit, find the mistakes; print and draw."""
+    """Restore the run, read the digit and find the mistakes; print and draw the results."""
     trained = restore_row_reader(options.workdir)
     dataset, splits = read_splits(options, trained.config.dataset, "test")
     test = splits["test"]
@@ -79,8 +79,8 @@ def run(options: Options) -> None:
 
 
 def show_reading(trained: RestoredRun, test: Split, index: int, drawn: Figures) -> None:
-    """Print and draw how a test image is read."""
-    from experiments.read_digit import figures  # it needs matplotlib
+    """Print and draw how the run reads a test image."""
+    from experiments.read_digit import figures  # needs matplotlib
 
     image, label = test.images[index], int(test.labels[index])
     title = f"Test image {index} of {trained.config.dataset}, a {label}"
@@ -94,13 +94,13 @@ def show_reading(trained: RestoredRun, test: Split, index: int, drawn: Figures) 
 
 
 def show_mistakes(trained: RestoredRun, test: Split, at_most: int, drawn: Figures) -> None:
-    """Print how many test images are read wrongly, and draw the worst."""
-    from experiments.read_digit import figures  # it needs matplotlib
+    """Print how many test images the run misreads, and draw the worst."""
+    from experiments.read_digit import figures  # needs matplotlib
 
     mistakes = find_mistakes(classify(trained, test.images), test.labels)
     wrong = len(mistakes.image)
     are = "is" if wrong == 1 else "are"
-    summary = f"{wrong:,} of {len(test.labels):,} test images {are} read wrongly"
+    summary = f"{wrong:,} of {len(test.labels):,} test images {are} misread"
     print(f"\n{summary}")
     if mistakes.image.size:
         title = f"{trained.config.dataset}: {summary}; the most confident mistakes"

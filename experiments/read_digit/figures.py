@@ -1,4 +1,4 @@
-"""How a digit is read, drawn; needs matplotlib."""
+"""The figures of a digit that is read; needs matplotlib."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from experiments.harness import plots
 from experiments.read_digit.reading import Mistakes, unit_order
 
 INK = "gray_r"
-"""Digits as on paper."""
+"""Colour map that shows digits dark on white."""
 
 SHOWN = {
     "cell": "cell state c",
@@ -17,10 +17,10 @@ SHOWN = {
     "input": "input gate",
     "output": "output gate",
 }
-"""What the figure of the gates shows, from its top."""
+"""The rows of the figure of the gates, from the top."""
 
 CELL_LIMIT = 2
-"""Where the colours of the cell state end: beyond it, tanh of it is as good as 1."""
+"""The cell state at which the colours end; tanh is close to 1 beyond it."""
 
 
 def draw_reading(
@@ -31,15 +31,15 @@ def draw_reading(
     title: str,
     path: Path,
 ) -> None:
-    """Draw a picture, and beside each of its rows the probabilities after that row.
+    """Draw an image, and beside each of its rows the probabilities after that row.
 
     Args:
         image: uint8 [rows, pixels].
         label: its class.
         probabilities: [rows, classes].
-        settled: the row from which on the answer is right.
-        title: what the picture is.
-        path: of the figure.
+        settled: the row from which the answer stays right; None: it ends wrong.
+        title: a description of the image.
+        path: where to save the figure.
     """
     rows, classes = probabilities.shape
     figure = plots.new_figure(10, 6)
@@ -81,14 +81,14 @@ def draw_gates(
     title: str,
     path: Path,
 ) -> None:
-    """Draw gates and cell states over time, a column a layer, under the picture on its side.
+    """Draw gates and cell states over time, a column per layer, under the image on its side.
 
     Args:
         image: uint8 [rows, pixels].
         layers: for each layer, by name, [rows, hidden_size].
-        settled: the row from which on the answer is right.
-        title: what the picture is.
-        path: of the figure.
+        settled: the row from which the answer stays right; None: it ends wrong.
+        title: a description of the image.
+        path: where to save the figure.
     """
     rows, pixels = image.shape
     orders = [unit_order(gates["cell"]) for gates in layers]
@@ -132,7 +132,7 @@ def draw_gates(
 def gate_columns(
     layers: list[dict[str, np.ndarray]], orders: list[np.ndarray]
 ) -> dict[str, list[Any]]:
-    """What `draw_gates` shows, as columns: a line a layer, quantity and unit, in its order."""
+    """Return the data of `draw_gates` as columns, with a line per layer, quantity and unit."""
     lines = [
         (layer, name, int(unit), *np.round(gates[name][:, unit], 2))
         for layer, (gates, order) in enumerate(zip(layers, orders, strict=True), 1)
@@ -145,13 +145,13 @@ def gate_columns(
 
 
 def draw_mistakes(images: np.ndarray, mistakes: Mistakes, title: str, path: Path) -> None:
-    """Draw mistakes: each picture, its label, what it was taken for, and how surely.
+    """Draw mistakes: each image with its label, the answer and the answer's probability.
 
     Args:
-        images: all of them, uint8 [n, rows, pixels].
-        mistakes: those to show.
-        title: of the figure.
-        path: of the figure.
+        images: all images, uint8 [n, rows, pixels].
+        mistakes: the mistakes to show.
+        title: title of the figure.
+        path: where to save the figure.
     """
     count = len(mistakes.image)
     columns = min(6, max(4, count))

@@ -1,4 +1,4 @@
-"""What a trained classifier believes and does while it reads an image, and what it gets wrong."""
+"""The probabilities and gates of a trained classifier while it reads an image, and its mistakes."""
 
 import itertools
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ from lstm_flax.models import SequenceClassifier
 
 
 def probabilities_by_row(model: SequenceClassifier, params: Any, image: np.ndarray) -> np.ndarray:
-    """What a model believes after each row of an image: class probabilities [rows, classes].
+    """Return the class probabilities after each row of an image, [rows, classes].
 
-    After row t it is asked about a sequence that ends there, so its dense layer is applied to the
-    top layer's output of step t.
+    Those after row t are of the sequence that ends there: the dense layer reads the top layer's
+    output of step t.
 
     Args:
         model: the classifier.
@@ -39,7 +39,7 @@ def _probabilities_by_row(model: SequenceClassifier, params: Any, image: jax.Arr
 def gates_by_row(
     model: SequenceClassifier, params: Any, image: np.ndarray
 ) -> list[dict[str, np.ndarray]]:
-    """The gates of each layer after each row of an image.
+    """Return the gates of each layer after each row of an image.
 
     Args:
         model: the classifier; its core is an `LSTMStack`.
@@ -70,8 +70,8 @@ def unit_order(cell: np.ndarray) -> np.ndarray:
         cell: cell states [rows, hidden_size].
 
     Returns:
-        Indices of the units [hidden_size]: those whose cell state is furthest from zero where it
-        is negative, then the others; in both by the row in which it is so far, earliest first.
+        Indices of the units [hidden_size]. Units whose largest cell state by magnitude is negative
+        come first. Both groups are sorted by the row of that largest state, earliest first.
     """
     peak_row = np.abs(cell).argmax(0)
     peak = np.take_along_axis(cell, peak_row[None], 0)[0]
@@ -79,7 +79,7 @@ def unit_order(cell: np.ndarray) -> np.ndarray:
 
 
 def settled_row(probabilities: np.ndarray, label: int) -> int | None:
-    """The row, counted from 1, from which on the answer is right; None if it ends wrong.
+    """Return the row, counted from 1, from which the answer stays right; None if it ends wrong.
 
     Args:
         probabilities: [rows, classes], after each row.
@@ -100,7 +100,7 @@ def answers(probabilities: np.ndarray) -> Iterator[tuple[int, int, int]]:
 
 
 def report(probabilities: np.ndarray, label: int) -> str:
-    """How the answer came about, as a table in Markdown and two lines."""
+    """Return how the answer changed over the rows, as a table in Markdown and two lines."""
     rows = []
     for first, last, answer in answers(probabilities):
         stretch = probabilities[first - 1 : last, answer]
@@ -117,16 +117,16 @@ def report(probabilities: np.ndarray, label: int) -> str:
 
 
 class Mistakes(NamedTuple):
-    """Images that a model gets wrong, the most confident mistakes first, each [mistakes]."""
+    """Misread images, the most confident mistakes first; each array is [mistakes]."""
 
     image: np.ndarray  # its index
     label: np.ndarray
-    answer: np.ndarray  # what the model takes it for
-    probability: np.ndarray  # of that answer, says the model
-    label_probability: np.ndarray  # of the right answer, says the model
+    answer: np.ndarray  # the class that the model chose
+    probability: np.ndarray  # of that answer, by the model
+    label_probability: np.ndarray  # of the right answer, by the model
 
     def first(self, count: int) -> "Mistakes":
-        """The first so many of them."""
+        """Return the first `count` mistakes."""
         return Mistakes(*(values[:count] for values in self))
 
 

@@ -4,7 +4,8 @@
 
 Each seed is a run of experiments.mnist_lstm in its own workdir. The same command resumes where it
 was interrupted, and only evaluates runs that are finished. Each result is that of the last step:
-the test set chooses nothing."""
+the test set chooses nothing.
+"""
 
 import csv
 import dataclasses

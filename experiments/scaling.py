@@ -5,7 +5,8 @@
 Measures a train step at four sizes of each, with the other sizes as in the MNIST experiment, and
 fits `seconds ~ size ** exponent`. Takes two minutes on 2 CPU cores. The devices are virtual and
 share the machine's cores: they show what the division itself costs, not what more machines gain.
-The rows of devices scan, on one device too; the others use `implementation="auto"`."""
+The rows of devices scan, on one device too; the others use `implementation="auto"`.
+"""
 
 import contextlib
 import dataclasses

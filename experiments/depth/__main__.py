@@ -10,7 +10,8 @@ To finish in minutes, the 27 trainings use 4,000 training images instead of 60,0
 instead of 256, and no augmentation. All models share one recipe, which is tuned for none of them:
 each may do better with its own. With three seeds the intervals are wide. All seeds share one test
 set, so the intervals leave out the error of its finite size. A run takes 13 minutes on 2 CPU cores
-that other work shares. The models take turns when they are timed."""
+that other work shares. The models take turns when they are timed.
+"""
 
 import dataclasses
 import sys

@@ -125,7 +125,7 @@ def _stablehlo(content: bytes) -> Logits:
     if calls := calls_outside(text):
         raise ExportError(f"its program calls functions outside of it ({', '.join(calls)})")
     if shapes != [(np.uint8, IMAGE_SHAPE)] or results != [(np.float32, 2)] or not takes_any_batch:
-        raise ExportError(f"its program is {exported}, not of images to logits")
+        raise ExportError(f"its program is {exported!s:.200}, not of images to logits")
     call = jax.jit(exported.call)
     return lambda images: np.asarray(call(images))
 
@@ -156,7 +156,9 @@ def _onnx(content: bytes) -> Logits:
     takes = [(one.type, tuple(one.shape[1:])) for one in inputs]
     gives = [(one.type, len(one.shape)) for one in outputs]
     if takes != [("tensor(uint8)", IMAGE_SHAPE)] or gives != [("tensor(float)", 2)]:
-        raise ExportError(f"its graph is of {takes} to {gives}, not of images to logits")
+        raise ExportError(
+            f"its graph is of {takes!s:.99} to {gives!s:.99}, not of images to logits"
+        )
     return lambda images: session.run(None, {inputs[0].name: images})[0]
 
 

@@ -16,7 +16,8 @@ one epoch of pixels is no better than guessing.
 
 float32 ends at 1e38. Over 784 pixels, the RNN of gain 1.5 becomes NaN in its first train step. The
 LSTM of forget bias 3 does not move: the squares of its gradient, 1e22, overflow, and clipping
-divides the gradient by an infinite norm. Clipping comes too late for both."""
+divides the gradient by an infinite norm. Clipping comes too late for both.
+"""
 
 import dataclasses
 import sys

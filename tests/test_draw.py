@@ -97,7 +97,7 @@ def draw(page, points):
 
 
 def expect_answer(page, answer):
-    text = re.compile(rf"^{answer}, \d+\.\d% sure") if answer.isdigit() else answer
+    text = re.compile(rf"^{answer}, \d+\.\d% (un)?sure") if answer.isdigit() else answer
     expect(page.get_by_role("status").locator(".answer")).to_have_text(text, timeout=1000 * SECONDS)
 
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 from experiments.draw.drawing import SIDE, Drawing
 from experiments.harness import plots
-from experiments.predict.digit_image import as_mnist
+from experiments.predict.calibration import UNSURE, calibrated
+from experiments.predict.digit_image import as_mnist, digits_of
 from experiments.read_digit.figures import CELL_LIMIT, SHOWN
 from experiments.read_digit.reading import answers, gates_by_row, probabilities_by_row, unit_order
 from experiments.training_run.restored import RestoredRun
@@ -68,12 +69,27 @@ class Watched(NamedTuple):
 
 def watch(trained: RestoredRun, drawing: Drawing) -> Watched:
     """Read a drawing with a model."""
-    image = as_mnist(drawing.ink())
+    image = seen_image(drawing.ink())
     return Watched(
         image,
-        probabilities_by_row(trained.model, trained.params, image),
+        calibrated(probabilities_by_row(trained.model, trained.params, image)),
         gates_by_row(trained.model, trained.params, image),
     )
+
+
+def seen_image(ink: np.ndarray) -> np.ndarray:
+    """Return what a model sees of a drawing: what it would see of a picture of that drawing.
+
+    A first dot is no digit in a picture, and is shown all the same.
+
+    Args:
+        ink: float32 [height, width] from 0, paper, to 1, stroke.
+
+    Returns:
+        uint8 [28, 28].
+    """
+    digits = digits_of(1 - ink, single=True)
+    return digits[0].image if digits else as_mnist(ink)
 
 
 class Page:
@@ -242,7 +258,10 @@ class Page:
         """Show what the model sees, its probabilities and its gates."""
         probabilities = watched.probabilities
         runner_up, answer = np.argsort(probabilities[-1])[-2:]
-        self.answer.set_text(f"{answer}, {probabilities[-1, answer]:.1%} sure")
+        likely = probabilities[-1, answer]
+        self.answer.set_text(
+            f"{answer}, {likely:.1%}" + (" unsure" if likely < UNSURE else " sure")
+        )
         self.runner_up.set_text(f"or {runner_up}, {probabilities[-1, runner_up]:.1%}")
         self.tell_stretches(
             "Likeliest after "

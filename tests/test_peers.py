@@ -4,6 +4,7 @@ Each test says whose checks it stands for; `lstm_flax/PEERS.md` counts them. The
 expected values live, or bring their own: ONNX its cases, PyTorch its database of modules.
 """
 
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -31,6 +32,9 @@ from lstm_flax import (
     to_torch,
 )
 
+STACKS = {"LSTM": LSTMStack, "GRU": GRUStack, "RNN": RNNStack}
+each_stack = pytest.mark.parametrize("name", STACKS)
+
 
 def needs(name):
     return pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"needs {name}")
@@ -44,6 +48,13 @@ def close(found, expected, tolerance=1e-5):
     jax.tree.map(
         lambda f, e: np.testing.assert_allclose(f, e, rtol=0, atol=tolerance), found, expected
     )
+
+
+def fill(shapes):
+    """Random parameters of these shapes, without compiling the initialisers."""
+    leaves, structure = jax.tree.flatten(shapes)
+    arrays = [0.4 * normal(k, *leaf.shape) for k, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(structure, arrays)
 
 
 def in_order(array, order, axis=-1):
@@ -88,8 +99,7 @@ def stack_for(node):
         options["reset_after"] = bool(given.get("linear_before_reset", 0))
     if node.op_type == "LSTM":
         options["peephole"] = "P" in node.input
-    stacks = {"LSTM": LSTMStack, "GRU": GRUStack, "RNN": RNNStack}
-    return stacks[node.op_type](given["hidden_size"], **options), given.get("layout", 0)
+    return STACKS[node.op_type](given["hidden_size"], **options), given.get("layout", 0)
 
 
 def params_from_onnx(kind, stack, inputs):
@@ -151,7 +161,7 @@ def torch_samples(name, what="module_inputs_func"):
 def our_cell(module):
     """The cell of ours that computes what a cell of PyTorch's does, and its parameters."""
     kinds = {"LSTMCell": LSTMCell, "GRUCell": GRUCell, "RNNCell": RNNCell}
-    options = {"use_bias": module.bias}
+    options = {"use_bias": bool(module.bias)}  # of some it is a string, in the place of another
     if hasattr(module, "nonlinearity"):
         options["nonlinearity"] = module.nonlinearity
     cell = kinds[type(module).__name__](module.hidden_size, **options)
@@ -175,7 +185,7 @@ def test_torchs_module_database_of_cells(name):
         module = getattr(torch.nn, name)(*made.args, **made.kwargs)
         cell, variables = our_cell(module)
         x, carry = map(numpy, given.args)
-        found, _ = cell.apply(variables, carry, x)
+        found, _ = jax.jit(cell.apply)(variables, carry, x)
         close(found, numpy(module(*given.args)))
     for error in torch_samples(name, "module_error_inputs_func"):
         made, given = (
@@ -185,18 +195,18 @@ def test_torchs_module_database_of_cells(name):
         cell, variables = our_cell(module)
         x, carry = map(numpy, given.args)
         with pytest.raises((ValueError, FlaxError)):
-            cell.apply(variables, carry, x)
+            jax.eval_shape(cell.apply, variables, carry, x)
 
 
 @pytest.mark.slow
 @needs("torch")
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported")
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+@each_stack
 def test_torchs_module_database_of_layers(name):
     """`test_modules.py`'s test_forward: each sample, all of them without a batch."""
     import torch
 
-    stacks = {"LSTM": LSTMStack, "GRU": GRUStack, "RNN": RNNStack}
+    compiled = functools.cache(lambda stack: jax.jit(stack.apply))  # samples come in several orders
     for sample in torch_samples(name):
         options = dict(sample.constructor_input.kwargs)
         given = sample.forward_input.args
@@ -204,9 +214,71 @@ def test_torchs_module_database_of_layers(name):
         renamed = {"bias": "use_bias", "batch_first": None, "input_size": None}
         ours = {renamed.get(k, k): v for k, v in options.items() if renamed.get(k, k) is not None}
         # As given: without a batch axis there is no order of axes.
-        stack = stacks[name](**ours)
-        found = stack.apply({"params": from_torch(module)}, *map(numpy, given))
+        stack = STACKS[name](**ours)
+        found = compiled(stack)({"params": from_torch(module)}, *map(numpy, given))
         close(found, numpy(module(*given)))
+
+
+@needs("torch")
+@each_stack
+def test_torchs_module_database_of_layers_errors(name):
+    """`test_modules.py`'s test_errors, but for input_size, which x tells, and casts of x."""
+    options = ("input_size", "hidden_size", "num_layers")
+    refused = 0
+    for error in torch_samples(name, "module_error_inputs_func"):
+        made = error.module_error_input.constructor_input
+        given = dict(zip(options, made.args, strict=False)) | made.kwargs
+        size = given.pop("input_size")
+        if "dtype" in given or not isinstance(size, int) or size < 0:
+            continue
+        x = jnp.ones((1, 2, size))
+        renamed = {"bias": "use_bias", "batch_first": "time_major"}
+        ours = {renamed.get(key, key): value for key, value in given.items()}
+        with pytest.raises(ValueError, match=" is "):
+            jax.eval_shape(STACKS[name](**ours).init, jax.random.key(0), x)
+        refused += 1
+    assert refused == 10
+
+
+@each_stack
+@pytest.mark.parametrize("proj_size", [0, 2])
+def test_torchs_layers_check_their_arguments(name, proj_size):
+    """`test_nn.py`: test_rnn_args_check, test_projections_lstm_args_check,
+    test_projections_errors_on_gru_and_rnn, test_cudnn_forward_exception."""
+    if proj_size and name != "LSTM":
+        with pytest.raises(TypeError, match="proj_size"):
+            STACKS[name](5, 2, proj_size=proj_size)
+        return
+    stack = STACKS[name](5, 2, **({"proj_size": proj_size} if proj_size else {}))
+    shape = (4, 6, 3)
+    variables = jax.eval_shape(stack.init, jax.random.key(0), jnp.ones(shape))
+    carry = jax.tree.map(np.asarray, stack.initialize_carry(None, shape))
+    for axis in (0, 2):
+        x = jnp.ones(tuple(7 if k == axis else size for k, size in enumerate(shape)))
+        with pytest.raises((ValueError, FlaxError)):
+            jax.eval_shape(stack.apply, variables, x, carry)
+    leaves, structure = jax.tree.flatten(carry)
+    for axis, number in itertools.product(range(3), range(len(leaves))):
+        wrong = [np.repeat(s, 7, axis) if k == number else s for k, s in enumerate(leaves)]
+        with pytest.raises(ValueError, match=r"initial_carry: ._0 has shape"):
+            jax.eval_shape(
+                stack.apply, variables, jnp.ones(shape), jax.tree.unflatten(structure, wrong)
+            )
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("LSTM", {}), ("GRU", {}), ("RNN", {}), ("LSTM", {"proj_size": 2, "bidirectional": True})],
+)
+def test_torchs_layers_without_a_carry_and_without_sequences(name, options):
+    """`test_nn.py`: test_rnn_initial_hidden_state, test_projections_lstm_initial_hidden_state,
+    test_RNN_input_size_zero, with gradients."""
+    stack, x = STACKS[name](4, **options), normal(1, 2, 5, 3)
+    variables = fill(jax.eval_shape(stack.init, jax.random.key(0), x))
+    run = jax.jit(stack.apply)
+    close(run(variables, x), run(variables, x, stack.initialize_carry(None, x.shape)))
+    gradient = jax.grad(lambda v: stack.apply(v, x[:0])[0].sum())(variables)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
 
 
 # Keras: its layers
@@ -286,6 +358,30 @@ def test_keras_stacked_cells_of_unlike_sizes(keras):
     close(jax.tree.leaves(carry), [s.reshape(3, -1) for s in jax.tree.leaves(final)])
 
 
+class TwoStatesCell(nn.RNNCellBase):
+    """A cell of one's own: Keras's `TwoStatesRNNCell`, whose weights are all ones."""
+
+    units: int
+    num_feature_axes = 1
+
+    def initialize_carry(self, rng, input_shape):
+        zeros = jnp.zeros((*input_shape[:-1], self.units))
+        return zeros, zeros
+
+    def __call__(self, carry, x):
+        state = jnp.broadcast_to((x.sum(-1) + carry[0].sum(-1))[..., None], carry[0].shape)
+        return (state, state), 2 * state
+
+
+def test_keras_stack_of_cells_of_ones_own():
+    """`stacked_rnn_cells_test.py`: test_correctness_two_states_stack, by its numbers."""
+    x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    outputs, carry = CellStack([TwoStatesCell(3), TwoStatesCell(2)]).apply({}, x)
+    close(outputs[..., 0], np.array([[72.0, 624, 3144], [648, 4080, 17544]]))
+    close(outputs[..., 0], outputs[..., 1])
+    close([state[:, 0] for state in jax.tree.leaves(carry)[1:3]], [[158.0, 782], [1572, 8772]])
+
+
 # Flax: linen's and nnx's modules
 
 
@@ -293,20 +389,19 @@ def test_keras_stacked_cells_of_unlike_sizes(keras):
 def test_linens_rnn_runs_our_cells(cell):
     """`linen_recurrent_test.py`: forward, batch axes, time major, lengths, reverse, keep_order."""
     x, lengths = normal(1, 3, 6, 4), jnp.array([6, 1, 4])
-    rnn = nn.RNN(cell, return_carry=True)
-    variables = jax.jit(rnn.init)(jax.random.key(0), x)
-    params = {"params": {"l0": variables["params"]["cell"]}}
     for reverse in (False, True):
+        rnn = nn.RNN(cell, return_carry=True, reverse=reverse, keep_order=True)
+        variables = fill(jax.eval_shape(rnn.init, jax.random.key(0), x))
+        params = {"params": {"l0": variables["params"]["cell"]}}
         stack = CellStack([cell], reverse=reverse)
         found, (carry,) = stack.apply(params, x, seq_lengths=lengths)
-        last, outputs = rnn.apply(
-            variables, x, seq_lengths=lengths, reverse=reverse, keep_order=True
-        )
+        last, outputs = jax.jit(rnn.apply)(variables, x, seq_lengths=lengths)
         outputs = jnp.where(jnp.arange(6)[None, :, None] < lengths[:, None, None], outputs, 0)
         close((found, carry), (outputs, last))
     assert cell.num_feature_axes == 1
     both = nn.Bidirectional(nn.RNN(cell), nn.RNN(cell))
-    assert both.init_with_output(jax.random.key(0), x)[0].shape == (3, 6, 10)
+    found, _ = jax.eval_shape(both.init_with_output, jax.random.key(0), x)
+    assert found.shape == (3, 6, 10)
 
 
 LINEN = {
@@ -323,17 +418,20 @@ LINEN = {
 def test_our_stack_runs_linens_cells(name):
     """Against linen's own RNN: lengths, any batch axes, time major, a carry that is not zero."""
     cell, x = LINEN[name], normal(1, 2, 3, 6, 4)
-    lengths = jnp.array([[6, 1, 4], [2, 3, 6]])
+    lengths = np.array([[6, 1, 4], [2, 3, 6]])
     stack = CellStack([cell], reverse=name != "GRUCell")
-    variables = jax.jit(stack.init)(jax.random.key(0), x)
+    variables = fill(jax.eval_shape(stack.init, jax.random.key(0), x))
     found, (carry,) = stack.apply(variables, x, seq_lengths=lengths)
     expected = nn.RNN(cell, return_carry=True, keep_order=True, reverse=stack.reverse)
-    for row in np.ndindex(2, 3):
-        last, outputs = expected.apply(
-            {"params": {"cell": variables["params"]["l0"]}}, x[row][None, : lengths[row]]
-        )
-        close(found[row][: lengths[row]], outputs[0])
-        close(jax.tree.map(lambda s, row=row: s[row], carry), jax.tree.map(lambda s: s[0], last))
+    # With lengths it takes only one batch axis.
+    last, outputs = jax.jit(expected.apply)(
+        {"params": {"cell": variables["params"]["l0"]}},
+        x.reshape(6, 6, 4),
+        seq_lengths=lengths.reshape(6),
+    )
+    counts = np.arange(6) < lengths[..., None]
+    close(np.asarray(found)[counts], np.asarray(outputs).reshape(2, 3, 6, 5)[counts])
+    close(jax.tree.map(lambda s: s.reshape(6, -1), carry), last)
 
 
 def test_our_stack_runs_a_cell_over_pictures():
@@ -341,13 +439,13 @@ def test_our_stack_runs_a_cell_over_pictures():
     x, mask = normal(1, 2, 4, 6, 6, 3), jnp.array([[1, 1, 0, 1], [0, 1, 1, 1]], bool)
     cell = nn.ConvLSTMCell(5, (3, 3))
     stack = CellStack([cell, cell])
-    (outputs, carry), variables = stack.init_with_output(jax.random.key(0), x, mask=mask)
+    variables = fill(jax.eval_shape(stack.init, jax.random.key(0), x))
+    outputs, carry = stack.apply(variables, x, mask=mask)
     assert outputs.shape == (2, 4, 6, 6, 5)
     assert jax.tree.leaves(carry[1])[0].shape == (2, 6, 6, 5)
-    below = jax.tree.map(lambda p: p, variables["params"])
     y = x[0, [0, 1, 3]][None]
     for name in ("l0", "l1"):
-        y = nn.RNN(cell).apply({"params": {"cell": below[name]}}, y)
+        y = jax.jit(nn.RNN(cell).apply)({"params": {"cell": variables["params"][name]}}, y)
     close(outputs[0, np.array([0, 1, 3])], y[0])
 
 
@@ -356,10 +454,10 @@ def test_linens_activations_are_ours():
     x = normal(1, 3, 6, 4)
     cell = nn.LSTMCell(5, gate_fn=nn.relu, activation_fn=nn.elu)
     rnn = nn.RNN(cell, return_carry=True)
-    variables = jax.jit(rnn.init)(jax.random.key(0), x)
+    variables = fill(jax.eval_shape(rnn.init, jax.random.key(0), x))
     stack = LSTMStack(5, recurrent_activation=nn.relu, activation=nn.elu)
     found, (h_n, c_n) = stack.apply({"params": from_flax(variables["params"])}, x)
-    close(((c_n[0], h_n[0]), found), rnn.apply(variables, x))
+    close(((c_n[0], h_n[0]), found), jax.jit(rnn.apply)(variables, x))
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -381,7 +479,7 @@ def test_nnxs_layer_is_ours(reverse):
 
 
 def unrolled(make, x, resets=None, start=None, **options):
-    """A Haiku core's parameters, moved from where they start, and its outputs and last state."""
+    """A Haiku core's random parameters, its outputs and its last state."""
     import haiku as hk
 
     def run(x, resets):
@@ -392,9 +490,7 @@ def unrolled(make, x, resets=None, start=None, **options):
         return hk.dynamic_unroll(hk.ResetCore(core), (x, resets), state, **options)
 
     net = hk.without_apply_rng(hk.transform(run))
-    params = jax.tree.map(
-        lambda p: p + 0.1 * normal(p.size, *p.shape), net.init(jax.random.key(0), x, resets)
-    )
+    params = fill(jax.eval_shape(net.init, jax.random.key(0), x, resets))
     return params, jax.jit(net.apply)(params, x, resets)
 
 
@@ -552,7 +648,7 @@ def test_jaxs_reference_lstm(num_layers, bidirectional):
     ids=lambda value: str(value)[:40],
 )
 def test_to_torch_refuses_what_pytorch_lacks(stack, message):
-    params = stack.init(jax.random.key(0), jnp.ones((1, 2, 3)))["params"]
+    params = fill(jax.eval_shape(stack.init, jax.random.key(0), jnp.ones((1, 2, 3)))["params"])
     with pytest.raises(ValueError, match=message) as raised:
         to_torch(params)
     assert "\n" not in str(raised.value)

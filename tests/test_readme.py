@@ -56,12 +56,16 @@ def commands():
 )
 def test_each_block_of_python_stands_alone(block, tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "jax")  # read when it is first imported
-    for module in re.findall(r"\b(torch|keras)\b", block):
+    for module in re.findall(r"\b(torch|keras|onnxruntime)\b", block):
         pytest.importorskip(module)
     monkeypatch.chdir(tmp_path)
     names = paste(block)
     if "theirs" in names:  # the way of a PyTorch model, which promises to be short
-        assert len(block.splitlines()) < 30
+        assert len([line for line in block.splitlines() if line]) < 30
+        back = names["theirs"]([*map(names["torch"].from_numpy, names["data"])]).detach()
+        for logits in (names["logits"], back):
+            np.testing.assert_allclose(logits, names["apply"](names["params"]), atol=1e-5)
+        assert (back - names["expected"]).abs().max() > 0.1  # it has learnt
     if "forget" in names:
         assert names["forget"].shape == (32, 28, 64)
     if "state" in names:

@@ -27,32 +27,63 @@ def squares(module, variables, x, *carry, **options):
     return jnp.sum(module.apply(variables, x, *carry, **options)[0] ** 2)
 
 
+class Member(nn.Module):
+    """A stack whose call has no keywords, which `nn.vmap` would ignore."""
+
+    implementation: str
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, lengths):
+        stack = LSTMStack(6, 2, dropout=self.dropout, implementation=self.implementation, name="s")
+        return stack(x, seq_lengths=lengths, deterministic=not self.dropout)
+
+
+def ensemble_of(in_axes, **options):
+    return nn.vmap(
+        Member,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=in_axes,
+        axis_size=3,
+    )(**options)
+
+
+LENGTHS = jnp.array([7, 0, 3, 1])
+
+
 @each
 @pytest.mark.parametrize("shared", [True, False], ids=["one x", "an x each"])
 def test_nn_vmap_over_parameters_is_an_ensemble(implementation, shared):
-    """Members, their gradients too, equal a loop; parameters and dropout differ from each other."""
-    members = 3
-    options = {"num_layers": 2, "dropout": 0.5, "implementation": implementation}
-    ensemble = nn.vmap(
-        LSTMStack,
-        variable_axes={"params": 0},
-        split_rngs={"params": True, "dropout": True},
-        in_axes=None if shared else 0,
-        axis_size=members,
-    )(6, **options)
-    x = normal(1, 4, 7, 5) if shared else normal(1, members, 4, 7, 5)
-    variables = jax.jit(ensemble.init)(jax.random.key(0), x)
-    outputs, grads = jax.jit(
-        lambda v: (ensemble.apply(v, x)[0], jax.grad(partial(squares, ensemble, x=x))(v))
-    )(variables)
-    assert outputs.shape == (members, 4, 7, 6)
-    alone = LSTMStack(6, **options)
-    one = jax.jit(lambda v, x: (alone.apply(v, x)[0], jax.grad(partial(squares, alone, x=x))(v)))
-    for m in range(members):
-        member = jax.tree.map(lambda p, m=m: p[m], (variables, outputs, grads))
-        close(member[1:], one(member[0], x if shared else x[m]))
-    kernels = variables["params"]["l0"]["kernel_ih"]
+    """Its members compute what a loop over them does, and so do their gradients."""
+    ensemble = ensemble_of((None if shared else 0, None), implementation=implementation)
+    x = normal(1, 4, 7, 5) if shared else normal(1, 3, 4, 7, 5)
+    variables = jax.jit(ensemble.init)(jax.random.key(0), x, LENGTHS)
+
+    def of(module):
+        def run(variables, x):
+            grads = jax.grad(lambda v: squares(module, v, x, LENGTHS))(variables)
+            return module.apply(variables, x, LENGTHS), grads
+
+        return jax.jit(run)
+
+    found = of(ensemble)(variables, x)
+    one = of(Member(implementation))
+    for m in range(3):
+        member, expected = jax.tree.map(lambda p, m=m: p[m], (variables, found))
+        close(expected, one(member, x if shared else x[m]))
+    kernels = variables["params"]["s"]["l0"]["kernel_ih"]
     assert np.abs(kernels[0] - kernels[1]).max() > 0.1
+
+
+@each
+def test_each_member_has_its_own_dropout(implementation):
+    x, ensemble = normal(1, 4, 7, 5), ensemble_of(None, implementation=implementation, dropout=0.5)
+    rngs = {name: jax.random.key(k) for k, name in enumerate(("params", "dropout"))}
+    variables = jax.jit(ensemble.init)(rngs, x, LENGTHS)
+    same = jax.tree.map(lambda p: jnp.broadcast_to(p[:1], p.shape), variables)
+    (outputs, _) = jax.jit(ensemble.apply)(same, x, LENGTHS, rngs={"dropout": rngs["dropout"]})
+    assert np.abs(outputs[0] - outputs[1]).max() > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_each_block_of_python_stands_alone(block, tmp_path, monkeypatch):
         back = names["theirs"]([*map(names["torch"].from_numpy, names["data"])]).detach()
         for logits in (names["logits"], back):
             np.testing.assert_allclose(logits, names["apply"](names["params"]), atol=1e-5)
-        assert (back - names["expected"]).abs().max() > 0.1  # it has learnt
+        assert (back - names["expected"]).abs().max() > 0.01  # it has learnt
     if "forget" in names:
         assert names["forget"].shape == (32, 28, 64)
     if "state" in names:

@@ -100,6 +100,21 @@ def test_of_any_picture_the_same_digit_is_seen(kind):
     assert difference(digit.image, as_mnist(INK)) < (18 if kind == "desk" else 9), kind
 
 
+@pytest.mark.parametrize("edges", ["right", "right, top", "right, top, left", "all"])
+def test_the_ground_around_a_0_is_not_taken_for_the_digit(edges):
+    ring = np.clip((0.05 - np.abs(np.hypot((X - 0.5) * 1.2, Y - 0.5) - 0.35)) * SIDE + 0.5, 0, 1)
+    page = 1 - ring
+    page[:, -5:] = 0
+    if "top" in edges or edges == "all":
+        page[:5] = 0
+    if "left" in edges or edges == "all":
+        page[:, :5] = 0
+    if edges == "all":
+        page[-5:] = 0
+    (digit,) = digits_of(page.astype(np.float32))
+    assert difference(digit.image, as_mnist(ring)) < 5
+
+
 BLANK = np.full((SIDE, SIDE), 0.9)
 BLANK_KINDS = {
     "one shade": BLANK,

@@ -80,7 +80,8 @@ def _separability(values: np.ndarray) -> float:
 def _is_filled(dark: np.ndarray) -> bool:
     """Whether dark ink reaches all sides of a page, as where it is cropped to a digit's edge.
 
-    Of the border such a digit has the smaller part, other than a frame.
+    Of the border such a digit has the smaller part, other than a frame; and where its outline is
+    filled, it leaves more of the page's corners than a page does that a digit was written on.
     """
     if _separability(dark) < TWO_SHADES:
         return False
@@ -90,9 +91,12 @@ def _is_filled(dark: np.ndarray) -> bool:
     sides = [labels[:2], labels[-2:], labels[:, :2], labels[:, -2:]]
     everywhere = set.intersection(*(set(np.unique(side)) for side in sides)) - {0}
     border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
+    regions = [region for region in measure.regionprops(labels) if region.label in everywhere]
     return any(
-        0.1 < (labels == label).mean() < 0.7 and (border == label).mean() < 0.45
-        for label in everywhere
+        region.area > 0.1 * ink.size
+        and region.area_filled < 0.88 * ink.size
+        and (border == region.label).mean() < 0.45
+        for region in regions
     )
 
 

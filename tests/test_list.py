@@ -7,8 +7,8 @@ def test_every_experiment_is_listed_with_what_it_does():
     assert found["experiments.benchmark"].startswith("Compare LSTM implementations")
     names = {name.removeprefix("experiments.") for name in found}
     assert names == {
-        "accuracy", "benchmark", "depth", "draw", "export", "gradient_flow", "mnist_lstm",
-        "predict", "read_digit", "report", "scaling",
+        "accuracy", "adding", "benchmark", "characters", "depth", "draw", "export", "gradient_flow",
+        "mnist_lstm", "predict", "read_digit", "report", "scaling",
     }  # fmt: skip
 
 
@@ -16,7 +16,7 @@ def test_a_name_of_none_is_refused_with_those_that_there_are(capsys):
     assert main(["mnist"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(
-        "error: there is no experiment mnist; choose one of: accuracy, benchmark, "
+        "error: there is no experiment mnist; choose one of: accuracy, adding, bench"
     )
     assert error.count("\n") == 1
     assert main(["--help"]) == 0

@@ -1,0 +1,61 @@
+"""The tasks to copy, run short: they learn, and PyTorch's weights move as ours do."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from experiments import adding, characters
+
+TASKS = ("adding", "characters")
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a task; returns the numbers that it printed, by what stands before them."""
+
+    def run(task, *flags):
+        assert task.main([*map(str, flags)]) == 0
+        lines = re.findall(
+            r"^(always 1|5-gram|\w+) +([\d.]+)$", capsys.readouterr().out, re.MULTILINE
+        )
+        return {name: float(number) for name, number in lines}
+
+    return run
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_is_short_enough_to_read(name):
+    path = Path(adding.__file__).with_name(f"{name}.py")
+    assert len(path.read_text().splitlines()) <= 120
+
+
+def test_adding_comes_close_to_the_sum(run):
+    printed = run(adding, "--steps", 300)
+    assert printed["lstm_flax"] < 0.3 * printed["always 1"]
+
+
+def test_adding_in_pytorch_follows_the_same_steps(run):
+    pytest.importorskip("torch")
+    printed = run(adding, "--steps", 10, "--hidden-size", 8, "--torch")
+    assert printed["PyTorch"] == pytest.approx(printed["lstm_flax"], rel=1e-3)
+
+
+def test_characters_learn_from_the_carry_that_they_keep(run):
+    few = run(characters, "--steps", 1, "--hidden-size", 32)
+    more = run(characters, "--steps", 40, "--hidden-size", 32)
+    assert more["lstm_flax"] < 5 < few["lstm_flax"]
+    assert more["5-gram"] == few["5-gram"] > 1
+
+
+def test_n_grams_of_a_text_that_repeats_itself_are_sure():
+    assert characters.n_gram_bits("ab" * 1000, "ab" * 100) < 0.1
+    assert characters.n_gram_bits("ab", "ab" * 100, order=0) == 1
+
+
+@pytest.mark.parametrize("flags", [["--steps", "0"], ["--seed", "-1"], ["--seed", str(2**70)]])
+def test_a_flag_out_of_bounds_gets_one_line(flags, capsys):
+    assert adding.main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {flags[0]} must be at ")
+    assert error.count("\n") == 1

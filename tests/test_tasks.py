@@ -3,11 +3,12 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from experiments import adding, characters
+from experiments import adding, characters, sunspots
 
-TASKS = ("adding", "characters")
+TASKS = ("adding", "characters", "sunspots")
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def run(capsys):
     def run(task, *flags):
         assert task.main([*map(str, flags)]) == 0
         lines = re.findall(
-            r"^(always 1|5-gram|\w+) +([\d.]+)$", capsys.readouterr().out, re.MULTILINE
+            r"^(always 1|5-gram|AR\(9\)|\w+) +([\d.]+)$", capsys.readouterr().out, re.MULTILINE
         )
         return {name: float(number) for name, number in lines}
 
@@ -51,6 +52,20 @@ def test_characters_learn_from_the_carry_that_they_keep(run):
 def test_n_grams_of_a_text_that_repeats_itself_are_sure():
     assert characters.n_gram_bits("ab" * 1000, "ab" * 100) < 0.1
     assert characters.n_gram_bits("ab", "ab" * 100, order=0) == 1
+
+
+def test_sunspots_are_forecast_better_than_by_the_last_cycle(run):
+    pytest.importorskip("statsmodels")
+    printed = run(sunspots)
+    assert printed["lstm_flax"] < printed["cycle"] < printed["last"]
+    assert 0.6 < printed["covered"] < 0.95
+
+
+def test_an_autoregression_goes_on_with_a_wave():
+    wave = 50 + 50 * np.sin(np.arange(100) * 0.6)
+    origins = np.array([60, 75])
+    expected = np.stack([wave[o : o + sunspots.HORIZON] for o in origins], axis=1)
+    np.testing.assert_allclose(sunspots.autoregression(wave, 50, origins), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("flags", [["--steps", "0"], ["--seed", "-1"], ["--seed", str(2**70)]])

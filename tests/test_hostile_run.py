@@ -343,6 +343,7 @@ ELSEWHERE = {
     # `replacing`, and the files that it hands out to be written.
     "harness/output_files.py": {"os.replace", "Path(name).unlink"},
     "report/__main__.py": {"new.write_text"},
+    "export/__main__.py": {"new.write_bytes", "new_page.write_text"},
     "harness/plots.py": {"table.open"},
     "accuracy.py": {"table_file.open"},
 }

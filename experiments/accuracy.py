@@ -22,7 +22,7 @@ from experiments import mnist_lstm
 from experiments.harness.command import command
 from experiments.harness.markdown import table
 from experiments.harness.output_files import replacing
-from experiments.harness.usage import UsageError, check_seeds, read_flags
+from experiments.harness.usage import Folder, UsageError, check_seeds, read_flags
 from experiments.training_run import run_files
 from experiments.training_run.config import RecipeName
 
@@ -31,7 +31,7 @@ from experiments.training_run.config import RecipeName
 class Options:
     """The flags, with their defaults."""
 
-    workdir: Path = Path("runs/accuracy")
+    workdir: Folder = Path("runs/accuracy")
     """Folder of the runs, RECIPE-seed0 and so on, and of the table of their results."""
     recipe: RecipeName = "best"
     """Recipe, as in experiments.mnist_lstm."""

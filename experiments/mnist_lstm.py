@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,9 +22,10 @@ from experiments.harness import stopping
 from experiments.harness.command import command
 from experiments.harness.stopping import Stopped, StopRequests
 from experiments.harness.usage import UsageError, check_fills_batch, command_line, counted
-from experiments.training_run import environment, from_config, loop, processes, run_files
+from experiments.training_run import environment, from_config, lock, loop, processes, run_files
 from experiments.training_run.config import Config, hyperparameters, parse
 from experiments.training_run.console import hide_repeated_tracebacks, print_summary, warn
+from experiments.training_run.lock import NO_LOCK, Lock
 from experiments.training_run.loop import TrainingError
 from experiments.training_run.loop_state import (
     CheckpointMetadata,
@@ -68,8 +68,8 @@ def run(config: Config, stop: StopRequests) -> None:
         check_batch_size(config, splits)
         datasets = training.replicate({name: split.arrays for name, split in splits.items()})
         keys = training.replicate(Keys.from_seed(config.seed))
-        with open_workdir(config) as manager:
-            run = RunContext(config, datasets, keys, manager)
+        with open_workdir(config) as (manager, held):
+            run = RunContext(config, datasets, keys, manager, held)
             num_images = len(splits["train"].labels)
             if config.eval_only and not config.shard_optimizer:
                 state = from_config.abstract_state(config)
@@ -111,13 +111,13 @@ def check_batch_size(config: Config, splits: dict[str, data.Split]) -> None:
 
 
 @contextmanager
-def open_workdir(config: Config) -> Iterator[ocp.CheckpointManager]:
+def open_workdir(config: Config) -> Iterator[tuple[ocp.CheckpointManager, Lock]]:
     """Open the run's checkpoints, kept from other runs while this one may write them."""
     with ExitStack() as stack:
-        if not config.eval_only:
-            stack.enter_context(run_files.lock(config.workdir))
+        held = NO_LOCK if config.eval_only else stack.enter_context(lock.hold(config.workdir))
         path = run_files.checkpoints_path(config.workdir)
-        yield stack.enter_context(checkpoints.open_checkpoints(path, read_only=config.eval_only))
+        opened = checkpoints.open_checkpoints(path, read_only=config.eval_only)
+        yield stack.enter_context(opened), held
 
 
 def describe(run: RunContext, state: TrainState) -> None:
@@ -184,7 +184,7 @@ def evaluate_result(run: RunContext, like: TrainState) -> None:
     print_summary(
         evaluation,
         CheckpointMetadata.parse(restored.step, restored.metadata).records,
-        Path(manager.directory) / str(restored.step),
+        manager.directory / str(restored.step),
         evaluation_command(config),
     )
     try:

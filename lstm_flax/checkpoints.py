@@ -30,6 +30,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from lstm_flax import buckets
 from lstm_flax.arguments import check, check_integer
 from lstm_flax.files import MIB, parse_json, read_regular_file, walk
 
@@ -38,6 +39,9 @@ MOST_DESCRIPTION = 16 * MIB
 
 MOST_CHUNKS = 65_536
 """Into which an array can be cut; Orbax makes one for each device that holds a part of it."""
+
+COMMIT_FILE = "commit_success.txt"
+"""Orbax's last object of a checkpoint in a bucket; without it, the checkpoint is incomplete."""
 
 
 class CheckpointError(Exception):
@@ -72,8 +76,9 @@ def open_checkpoints(
     """Open a run's checkpoints; closing them waits for what is still being written.
 
     Args:
-        directory: made where it does not exist, unless `read_only`; temporary folders that a
-            killed run left in it are removed, unless `read_only`.
+        directory: a folder on a disk or, by `buckets.as_path`, in a bucket. It is made where it
+            does not exist, unless `read_only`; what a killed run left half-written in it is
+            removed, unless `read_only`.
         keep: how many of the latest to keep, beside the best by `best_fn`.
         read_only: change nothing on disk.
 
@@ -83,7 +88,8 @@ def open_checkpoints(
             too large; or on closing, where the last save failed.
     """
     check_integer("keep", keep, 1)
-    policies = [preservation_policy.LatestN(keep), _Best(directory.absolute())]
+    directory = directory if buckets.is_bucket(directory) else directory.absolute()
+    policies = [preservation_policy.LatestN(keep), _Best(directory)]
     options = ocp.CheckpointManagerOptions(
         preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
         create=not read_only,
@@ -92,9 +98,10 @@ def open_checkpoints(
     )
     _check_files(directory)
     try:
-        manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        manager = ocp.CheckpointManager(directory, options=options)
     except OSError as error:
-        raise CheckpointError(f"{directory} can't be opened ({error.strerror})") from error
+        reason = error.strerror or _brief(error)
+        raise CheckpointError(f"{directory} can't be opened ({reason})") from error
     except jax.errors.JaxRuntimeError:
         raise  # another process failed
     except Exception as error:  # whatever Orbax makes of what it keeps there for itself
@@ -155,6 +162,21 @@ def wait(manager: ocp.CheckpointManager) -> None:
     """
     with _saving(manager):
         manager.wait_until_finished()
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """Return the steps of the complete checkpoints in a directory, the latest first.
+
+    Nothing is opened, so a damaged checkpoint counts too. Without a directory there are none.
+    """
+    names: list[str] = []
+    with contextlib.suppress(OSError):
+        if buckets.is_bucket(directory):
+            paths = [path for path, _ in buckets.walk(directory)]
+            names = [path.parent.name for path in paths if path.name == COMMIT_FILE]
+        else:  # a complete checkpoint is renamed to its step
+            names = [path.name for path in directory.iterdir()]
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
 def best_step(manager: ocp.CheckpointManager) -> int | None:
@@ -289,7 +311,7 @@ def read_description(directory: Path, step: int) -> dict[str, Any]:
     """
     try:
         path = directory / str(step) / "about" / "metadata"
-        values = parse_json(read_regular_file(Path(path), MOST_DESCRIPTION))
+        values = parse_json(read_regular_file(path, MOST_DESCRIPTION))
         is_intact = values.pop("sha256") == _digest(values)
         is_ours = _is_description(values)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
@@ -316,7 +338,7 @@ def _is_description(values: dict[str, Any]) -> bool:
 def _check_files(directory: Path) -> None:
     """Check a directory of checkpoints before Orbax reads or removes anything in it."""
     try:
-        for path, size in walk(directory.resolve()):
+        for path, size in walk(directory.resolve()):  # itself, it may be a link
             is_description = path.parent.name != "d"  # where OCDBT keeps the arrays
             if is_description and size > MOST_DESCRIPTION:
                 raise CheckpointError(f"{path} has more than {MOST_DESCRIPTION // MIB} MiB")
@@ -389,15 +411,19 @@ def _read_through(database: Path, wanted: dict[str, dict[str, Any]]) -> None:
     others that were under way write pages of tracebacks. And a chunk is laid out in memory as
     large as it is declared to be, so that what is declared is looked at first.
     """
-    for description in (database / "array_metadatas").iterdir():
-        entries = parse_json(read_regular_file(Path(description), MOST_DESCRIPTION))
+    descriptions = [path for path, _ in walk(database / "array_metadatas")]
+    if not descriptions:
+        raise ValueError("the descriptions of its arrays are missing")
+    for description in descriptions:
+        entries = parse_json(read_regular_file(description, MOST_DESCRIPTION))
         for entry in entries["array_metadatas"]:
             if not {"param_name", "write_shape", "ext_metadata"} <= entry["array_metadata"].keys():
                 raise ValueError(f"{description.name} is damaged")
-    formats = parse_json(read_regular_file(Path(database / "_METADATA"), MOST_DESCRIPTION))
+    formats = parse_json(read_regular_file(database / "_METADATA", MOST_DESCRIPTION))
     if formats.get("use_zarr3") or not formats.get("use_ocdbt", True):
         raise ValueError("it holds arrays of another format")
-    store = {"driver": "ocdbt", "base": f"file://{database}/"}
+    base = f"{database}/" if buckets.is_bucket(database) else f"file://{database}/"
+    store = {"driver": "ocdbt", "base": base}
     keys = [key.decode() for key in ts.KvStore.open(store).result().list().result()]
     if any(key.endswith("zarr.json") for key in keys):
         raise ValueError("it holds arrays of another format")

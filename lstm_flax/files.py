@@ -1,4 +1,7 @@
-"""Read and open untrusted files: follow no links, open regular files only, limit their size."""
+"""Read and open untrusted files: follow no links, open regular files only, limit their size.
+
+Reading and walking also take paths in buckets, which know no links.
+"""
 
 import errno
 import json
@@ -7,6 +10,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from lstm_flax import buckets
 
 MIB = 2**20
 
@@ -26,6 +31,8 @@ def read_regular_file(path: Path, at_most: int, *, follow: bool = False) -> byte
         OSError: the file can't be read, is a link, is not a regular file, or is too large;
             `strerror` says which.
     """
+    if buckets.is_bucket(path):
+        return buckets.read(path, at_most)
     with open(open_regular_file(path, os.O_RDONLY, follow=follow), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         content = file.read(at_most + 1) if size <= at_most else b""
@@ -80,6 +87,9 @@ def walk(path: Path) -> Iterator[tuple[Path, int]]:
         OSError: an entry is a link, is neither a file nor a folder, or is nested too deeply; the
             error names it.
     """
+    if buckets.is_bucket(path):
+        yield from buckets.walk(path)
+        return
     root, waiting = path, [path]
     while waiting:
         path = waiting.pop()

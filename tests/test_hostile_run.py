@@ -337,11 +337,16 @@ ELSEWHERE = {
     "harness/streams.py": {"os.open", "open"},  # the null device
     "training_run/processes.py": {"open"},  # the same
     "training_run/environment.py": {"info.read_text"},  # the processor's name
+    "training_run/lock.py": {"ts.KvStore.open", "boot.read_text"},  # a bucket; this boot's name
+    "training_run/metric_writer.py": {  # the copies of a bucket's files in a folder of its own
+        "path.read_bytes",
+        "(self._local / path.name).write_bytes",
+    },
     "__main__.py": {"Path(spec.origin).read_text"},  # the experiments' own sources
     "predict/digit_image.py": {"Image.open"},  # bytes that were read
     "report/page.py": {"files(__package__).joinpath('page.html').read_text"},  # its template
     # `replacing`, and the files that it hands out to be written.
-    "harness/output_files.py": {"os.replace", "Path(name).unlink"},
+    "harness/output_files.py": {"os.replace", "Path(name).unlink", "new.read_bytes"},
     "report/__main__.py": {"new.write_text"},
     "export/__main__.py": {"new.write_bytes", "new_page.write_text"},
     "harness/plots.py": {"table.open"},

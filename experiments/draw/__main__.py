@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.harness.command import command
-from experiments.harness.usage import UsageError, check_packages, printable, read_flags
+from experiments.harness.usage import Folder, UsageError, check_packages, printable, read_flags
 from experiments.training_run.restored import RestoredRun, restore_row_reader
 from experiments.training_run.run_files import RunFilesError
 from lstm_flax.checkpoints import CheckpointError
@@ -33,7 +33,7 @@ LOOPBACK = ("127.0.0.1", "localhost")
 class Options:
     """The flags, with their defaults."""
 
-    workdir: Path = Path("runs/mnist_lstm")
+    workdir: Folder = Path("runs/mnist_lstm")
     """Folder of the trained run."""
     host: str = "127.0.0.1"
     """Address to serve; the default is open to this machine only, 0.0.0.0 to all machines."""

@@ -23,6 +23,7 @@ from experiments.harness.command import command
 from experiments.harness.output_files import replacing
 from experiments.harness.usage import (
     DataPlaces,
+    Folder,
     check_packages,
     print_status,
     printable,
@@ -48,7 +49,7 @@ class Options(DataPlaces):
     """Path of the file; the model card gets `.md` behind it."""
     format: Literal["stablehlo", "onnx", "safetensors"]
     """Format of the file."""
-    workdir: Path = Path("runs/mnist_lstm")
+    workdir: Folder = Path("runs/mnist_lstm")
     """Where the trained run lives."""
     float32: bool = False
     """Export float32 products, whatever --precision the run has."""

@@ -49,6 +49,8 @@ def command(*refusals: type[Exception], fail: Fail = usage.fail) -> Callable[[Ma
 def quieten() -> None:
     """Silence log messages that repeat what a library raises, or that don't help a user."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax and tfds
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    logging.getLogger("google.auth").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Orbax's event loop
     # A failed save of Orbax leaves these.
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)

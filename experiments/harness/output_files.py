@@ -6,19 +6,46 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from lstm_flax import buckets
 from lstm_flax.files import check_regular
+
+
+def exists(path: Path) -> bool:
+    """Return whether there is a file, a folder or a link, or in a bucket an object below a path.
+
+    Raises:
+        OSError: the bucket can't be listed.
+    """
+    return any(buckets.walk(path)) if buckets.is_bucket(path) else os.path.lexists(path)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents, unless they exist; a bucket needs none.
+
+    Raises:
+        OSError: it can't be made.
+    """
+    if not buckets.is_bucket(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Hand out a new file beside `path`, of the same ending, that takes its place after the body.
 
-    It is removed where the body fails; what `path` held then stays.
+    It is removed where the body fails; what `path` held then stays. For a path in a bucket, the new
+    file is on this machine and then becomes the object.
 
     Raises:
         OSError: it can't be written, or `path` is a link or no regular file; the error names
             `path`.
     """
+    if buckets.is_bucket(path):
+        with tempfile.TemporaryDirectory() as folder:
+            new = Path(folder) / path.name
+            yield new
+            buckets.write(path, new.read_bytes())
+        return
     try:
         with contextlib.suppress(FileNotFoundError):
             check_regular(os.lstat(path))

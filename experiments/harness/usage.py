@@ -4,13 +4,17 @@ import dataclasses
 import importlib.util
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
+
+from experiments.harness import output_files
+from lstm_flax import buckets
 
 Options = TypeVar("Options")
 
@@ -18,11 +22,31 @@ DatasetName = Literal["auto", "mnist", "fashion_mnist", "kmnist", "mnist5k"]
 """Datasets to train on; auto is mnist, or mnist5k if mnist can't be downloaded."""
 
 
+def _folder(arguments: list[str]) -> Path:
+    return buckets.as_path(arguments[0])
+
+
+if TYPE_CHECKING:
+    Folder = Path
+else:
+    Folder = Annotated[
+        PurePath,  # of which the paths in a bucket are too, with the methods of `Path`
+        tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=_folder,
+            is_instance=lambda value: isinstance(value, PurePath),
+            str_from_instance=lambda path: [str(path)],
+        ),
+    ]
+    """Type of a flag for a folder on a disk or, as `gs://bucket/folder`, in a bucket."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataPlaces:
     """Flags for where the files of a dataset are."""
 
-    data_dir: Path | None = None
+    data_dir: Folder | None = None
     """Folder of tfds's datasets; None is tfds's own default."""
     manual_dir: Path | None = None
     """Folder with the dataset's four original IDX .gz files, used instead of a download."""
@@ -38,6 +62,9 @@ class DataFlags(DataPlaces):
 
 MAX_SEED = 2**32 - 1
 """Largest seed that NumPy's generators take."""
+
+
+_WHERE = "a workdir or a data folder may be in a bucket of gs://, and all else is on a disk"
 
 
 class UsageError(Exception):
@@ -80,8 +107,24 @@ def read_flags(
     """
     options = tyro.cli(flags, prog=f"python -m experiments.{name}", args=argv, **how)
     values = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+    for key, value in values.items():
+        for path in value if isinstance(value, tuple) else (value,):
+            if isinstance(path, PurePath):
+                _check_place(key, path)
     expanded = {key: _with_home(value) for key, value in values.items()}
     return dataclasses.replace(options, **expanded)
+
+
+def _check_place(name: str, path: PurePath) -> None:
+    """Check that the packages for a bucket are there, and that no other address is taken for one.
+
+    `Path("gs://bucket")` is a folder called `gs:`.
+    """
+    if buckets.is_bucket(str(path)):
+        check_packages("gcs", "gcsfs", what=buckets.SCHEME)
+    elif path.parts and re.fullmatch(r"[a-z0-9]+:", path.parts[0]):
+        address = str(path).replace(":/", "://", 1)
+        raise UsageError(f"--{name.replace('_', '-')} can't be {address}: {_WHERE}")
 
 
 def _with_home(value: Any) -> Any:
@@ -195,7 +238,7 @@ def make_folder(path: Path, flag: str) -> Path:
         UsageError: the folder can't be created.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        output_files.make_folder(path)
     except OSError as error:
         raise UsageError(f"--{flag} {path} can't be created ({error.strerror})") from error
     return path

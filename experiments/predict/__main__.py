@@ -26,7 +26,7 @@ from scipy.special import softmax
 from experiments.export.reading import BATCH_SIZE, ExportError, read_export
 from experiments.harness.command import command
 from experiments.harness.output_files import replacing
-from experiments.harness.usage import UsageError, printable, read_flags
+from experiments.harness.usage import Folder, UsageError, printable, read_flags
 from experiments.predict import show
 from experiments.predict.calibration import UNSURE, calibrated
 from experiments.predict.digit_image import ENDINGS, DigitImageError, Picture, read_picture
@@ -43,7 +43,7 @@ class Options:
 
     pictures: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE")]
     """Picture files, and folders, of which all files are read that are named as pictures."""
-    workdir: Path = Path("runs/mnist_lstm")
+    workdir: Folder = Path("runs/mnist_lstm")
     """Where the trained run lives."""
     model: Path | None = None
     """An export to read with, instead of a run."""

@@ -18,6 +18,7 @@ from experiments.harness.command import command
 from experiments.harness.study import Figures, read_splits
 from experiments.harness.usage import (
     DataPlaces,
+    Folder,
     UsageError,
     check_numbers,
     check_packages,
@@ -41,7 +42,7 @@ from lstm_flax.data import DataError, Split
 class Options(DataPlaces):
     """The flags, with their defaults."""
 
-    workdir: Path = Path("runs/mnist_lstm")
+    workdir: Folder = Path("runs/mnist_lstm")
     """Folder of the trained run, which may still be training."""
     index: int = 0
     """Which test image to read, counted from 0."""

@@ -17,7 +17,14 @@ import tyro
 
 from experiments.harness.command import command
 from experiments.harness.output_files import replacing
-from experiments.harness.usage import DataPlaces, UsageError, check_packages, printable, read_flags
+from experiments.harness.usage import (
+    DataPlaces,
+    Folder,
+    UsageError,
+    check_packages,
+    printable,
+    read_flags,
+)
 from experiments.report.gather import gather, read_test_sets
 from experiments.training_run.restored import read_config
 from experiments.training_run.run_files import RunFilesError, report_path, writing
@@ -27,7 +34,7 @@ from experiments.training_run.run_files import RunFilesError, report_path, writi
 class Options(DataPlaces):
     """The flags, with their defaults."""
 
-    workdirs: tyro.conf.Positional[tuple[Path, ...]]
+    workdirs: tyro.conf.Positional[tuple[Folder, ...]]
     """Folders of the runs; these may still be training, and are not disturbed."""
     output: Path | None = None
     """Path of the page; None is report.html in the first workdir."""

@@ -13,6 +13,7 @@ import tyro
 from experiments.harness.usage import (
     MAX_SEED,
     DatasetName,
+    Folder,
     UsageError,
     check,
     check_packages,
@@ -20,6 +21,7 @@ from experiments.harness.usage import (
 )
 from experiments.training_run import run_files
 from experiments.training_run.run_files import RunFilesError
+from lstm_flax import buckets
 
 MAX_EPOCHS = 10_000
 """Largest number of epochs of a run."""
@@ -38,13 +40,13 @@ RecipeName = Literal["standard", "fast", "best"]
 class Config:
     """The flags of a run, with their defaults."""
 
-    workdir: Path = Path("runs/mnist_lstm")
-    """Folder of the run; a run that is already there is resumed."""
+    workdir: Folder = Path("runs/mnist_lstm")
+    """Folder of the run, or gs://BUCKET/FOLDER; a run that is already there is resumed."""
     recipe: RecipeName = "standard"
     """Sets defaults for other flags: 10 epochs, 3, or 20 with more distortion."""
     dataset: DatasetName = "auto"
     """Dataset to train on; auto is mnist, or mnist5k if mnist can't be downloaded."""
-    data_dir: Path | None = None
+    data_dir: Folder | None = None
     """Folder of tfds's datasets; None is tfds's own default."""
     manual_dir: Path | None = None
     """Folder with the dataset's four original IDX .gz files, used instead of a download."""
@@ -259,8 +261,9 @@ def _check_flags(config: Config) -> None:
     for name, holds, must_be in _bounds(config):
         check(config, name, holds, must_be)
     workdir = config.workdir
-    is_free = not os.path.lexists(workdir)  # a dangling link exists, but is not a folder
-    check(config, "workdir", is_free or os.path.isdir(workdir), "a folder")
+    if not buckets.is_bucket(workdir):
+        is_free = not os.path.lexists(workdir)  # a dangling link exists, but is not a folder
+        check(config, "workdir", is_free or os.path.isdir(workdir), "a folder")
     try:
         is_interval = all(value is None or value > 0 for value in config.save_interval)
     except ValueError:

@@ -57,7 +57,7 @@ def train(run: RunContext, loop_state: LoopState, stop: StopRequests) -> None:
             writer.write_running_loss(loop_state.step, loop_state.loss)
             if is_end_of_epoch := loop_state.images == images:
                 loop_state = end_epoch(run, loop_state)
-                run_files.append_metrics(config.workdir, loop_state.records[-1])
+                run_files.append_metrics(config.workdir, loop_state.records)
                 progress.print_epoch(loop_state.records[-1], config.epochs)
                 writer.write_epoch(loop_state.records[-1])
             if is_end_of_epoch or scheduler.is_save_due or scheduler.stop_signal:

@@ -10,6 +10,7 @@ from experiments.harness.usage import UsageError
 from experiments.training_run import run_files
 from experiments.training_run.config import MAX_EPOCHS, Config, config_diff, hyperparameters
 from experiments.training_run.console import warn
+from experiments.training_run.lock import NO_LOCK, Lock
 from lstm_flax import checkpoints, training
 from lstm_flax.training import Batch, Keys, Metrics
 
@@ -21,6 +22,7 @@ class RunContext(NamedTuple):
     datasets: dict[str, Batch]  # "train", "test" and, where images are held out, "validation"
     keys: Keys
     manager: ocp.CheckpointManager
+    lock: Lock = NO_LOCK
 
 
 class LoopState(NamedTuple):
@@ -161,7 +163,13 @@ def resume(run: RunContext, fresh: LoopState) -> LoopState:
 
 
 def save(run: RunContext, loop_state: LoopState) -> None:
-    """Start to save the state of the loop as a checkpoint."""
+    """Start to save the state of the loop as a checkpoint.
+
+    Raises:
+        RunFilesError: another run has taken over the workdir.
+        CheckpointError: it can't be saved, or the one before it could not.
+    """
+    run.lock.check()
     metadata = CheckpointMetadata(
         hyperparameters(run.config), loop_state.records, loop_state.training_seconds
     )._asdict()

@@ -3,15 +3,20 @@
 A run that resumes from an earlier step removes the points beyond that step from the event files,
 because it will write them again, and adds the epochs that are missing. The curves are then complete
 in every reader, however often the run was interrupted, and even if the flag was added late.
+
+In a bucket no file can be appended to, so the files are written on this machine, and copied after
+each epoch.
 """
 
 import os
 import struct
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from experiments.training_run import run_files
+from lstm_flax import buckets
 
 MAX_EVENT_BYTES = 2**20
 """Largest size of an event in bytes; a scalar takes 60."""
@@ -48,16 +53,23 @@ class MetricWriter:
         Raises:
             RunFilesError: the folder can't be written.
         """
-        self._folder, self._writer = folder, None
+        self._folder, self._writer, self._temporary = folder, None, None
         if folder is None:
             return
+        self._local = folder
+        if buckets.is_bucket(folder):
+            self._temporary = tempfile.TemporaryDirectory()
+            self._local = Path(self._temporary.name)
+            with run_files.writing(folder, "read"):
+                for path, _ in buckets.walk(folder):
+                    (self._local / path.name).write_bytes(run_files.read_bytes(path))
         from tensorboardX import SummaryWriter  # few runs need it, and it imports PyTorch if it can
 
         with run_files.writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            kept = [event for path in event_files(folder) for event in cut_after(path, step)]
+            self._local.mkdir(parents=True, exist_ok=True)
+            kept = [event for path in event_files(self._local) for event in cut_after(path, step)]
             self._writer = SummaryWriter(
-                str(folder),
+                str(self._local),
                 # A running TensorBoard has read the removed points. This makes it drop them, if it
                 # has seen such a mark before, so the first start writes one too.
                 purge_step=step + 1,
@@ -78,6 +90,9 @@ class MetricWriter:
         if self._folder and self._writer:
             with run_files.writing(self._folder):
                 self._writer.close()
+                self._copy()
+        if self._temporary:
+            self._temporary.cleanup()
 
     def write_running_loss(self, step: int, loss: float) -> None:
         """Write the mean training loss over the epoch so far."""
@@ -87,6 +102,16 @@ class MetricWriter:
         """Write an epoch's metrics."""
         values = {tag: record[name] for name, tag in TAGS.items() if name in record}
         self._add(values, record["step"])
+        if self._folder and self._writer:
+            with run_files.writing(self._folder):
+                self._copy()
+
+    def _copy(self) -> None:
+        """Copy the event files to the bucket, if they belong into one."""
+        if self._folder and self._writer and self._folder is not self._local:
+            self._writer.flush()
+            for path in event_files(self._local):
+                buckets.write(self._folder / path.name, path.read_bytes())
 
     def _add(self, values: Mapping[str, float], step: int) -> None:
         if self._writer:

@@ -16,7 +16,7 @@ from experiments.training_run.config import Config, stored_config
 from experiments.training_run.console import warn
 from experiments.training_run.loop_state import LoopState
 from experiments.training_run.run_files import RunFilesError
-from lstm_flax import checkpoints, training
+from lstm_flax import buckets, checkpoints, training
 from lstm_flax.models import SequenceClassifier
 
 
@@ -42,7 +42,7 @@ def restore_run(workdir: Path) -> RestoredRun:
     quieten()  # this is also called outside of commands
     config = read_config(workdir)
     directory = run_files.checkpoints_path(workdir)
-    if not directory.is_dir():
+    if not buckets.is_bucket(directory) and not directory.is_dir():
         raise checkpoints.CheckpointError(f"the run in {workdir} has saved no checkpoint yet")
     with (
         jax.set_mesh(training.data_mesh()),

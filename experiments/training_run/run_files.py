@@ -2,16 +2,14 @@
 
 A workdir may be untrusted, so only this module opens, reads, writes and replaces a run's files. It
 follows no links: it writes a new file, which then replaces the old one, and changes only regular
-files in place. The workdir itself may be a link.
+files in place. The workdir itself may be a link, or lie in a bucket, where files are whole objects.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +18,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from experiments.harness import output_files
 from experiments.harness.output_files import replacing
+from lstm_flax import buckets, checkpoints
 from lstm_flax.files import (
     MIB,
     open_regular_file,
@@ -31,9 +31,6 @@ from lstm_flax.files import (
 
 MAX_FILE_BYTES = 8 * MIB
 """Largest size of a file that is read; the line of an epoch takes 400 bytes."""
-
-MAX_OWNER_BYTES = 200
-"""Bytes that are shown of who holds a lock."""
 
 
 class RunFilesError(Exception):
@@ -103,6 +100,8 @@ def check_workdir(workdir: Path) -> None:
     Raises:
         RunFilesError: a path is a link, or is neither a file nor a folder.
     """
+    if buckets.is_bucket(workdir):
+        return  # it knows no links
     try:
         for path in PATHS:
             for _ in walk(path(workdir)):
@@ -116,10 +115,7 @@ def check_workdir(workdir: Path) -> None:
 
 def saved_steps(workdir: Path) -> list[int]:
     """Return the steps of complete checkpoints by their folders' names, the latest first."""
-    with contextlib.suppress(OSError):
-        names = [path.name for path in checkpoints_path(workdir).iterdir()]
-        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
-    return []
+    return checkpoints.saved_steps(checkpoints_path(workdir))
 
 
 def read_config(workdir: Path) -> dict[str, Any] | None:
@@ -138,6 +134,10 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
+        if buckets.is_bucket(path) and isinstance(error, OSError):
+            raise RunFilesError(
+                f"{path} can't be read ({error.strerror}); try again when the bucket can be reached"
+            ) from error
         raise RunFilesError(
             f"{path} can't be read ({error}); move it away and pass the run's own flags"
         ) from error
@@ -175,10 +175,12 @@ def write_metrics(workdir: Path, records: list[dict[str, Any]]) -> None:
     _write_lines(metrics_path(workdir), records)
 
 
-def append_metrics(workdir: Path, record: dict[str, Any]) -> None:
-    """Append the metrics of an epoch."""
-    path = metrics_path(workdir)
-    if is_primary_process():
+def append_metrics(workdir: Path, records: list[dict[str, Any]]) -> None:
+    """Append the metrics of the last of all epochs so far; in a bucket, write all of them."""
+    path, record = metrics_path(workdir), records[-1]
+    if buckets.is_bucket(path):
+        write_metrics(workdir, records)
+    elif is_primary_process():
         with writing(path), open_to_change(path, os.O_APPEND | os.O_CREAT) as file:
             file.write(json.dumps(record).encode() + b"\n")
 
@@ -186,6 +188,9 @@ def append_metrics(workdir: Path, record: dict[str, Any]) -> None:
 def append_environment(workdir: Path, start: dict[str, Any]) -> None:
     """Append a start of training; damaged lines are dropped."""
     path = environment_path(workdir)
+    with writing(path):
+        if output_files.exists(path):
+            read_bytes(path)  # what can't be read now is not written anew
     _write_lines(path, [*read_lines(path), start])
 
 
@@ -207,50 +212,19 @@ def quarantine(workdir: Path, steps: list[int]) -> Path:
     """
     folder = damaged_path(workdir)
     if is_primary_process():
+        move = buckets.move if buckets.is_bucket(folder) else os.rename
         with writing(folder):
-            folder.mkdir(exist_ok=True)
+            output_files.make_folder(folder)
         for step in steps:
             numbers = itertools.count(1)
             target = folder / str(step)
-            while os.path.lexists(target):
+            while output_files.exists(target):
                 target = folder / f"{step}-{next(numbers)}"
             path = checkpoints_path(workdir) / str(step)
             with writing(path, "moved away, though it is damaged"):
-                path.rename(target)
+                move(path, target)
     multihost_utils.sync_global_devices("damaged checkpoints are out of the way")
     return folder
-
-
-@contextlib.contextmanager
-def lock(workdir: Path) -> Iterator[None]:
-    """Make the workdir, and keep other runs out of it; the kernel frees a dead run's lock.
-
-    Raises:
-        RunFilesError: a live run has it, or it can't be written.
-    """
-    if not is_primary_process():
-        yield
-        return
-    with writing(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-    with writing(lock_path(workdir)):
-        file = open_to_change(lock_path(workdir), os.O_CREAT)
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = file.read(MAX_OWNER_BYTES).decode(errors="replace")
-            raise RunFilesError(
-                f"--workdir {workdir} is in use by another run ({owner}); "
-                f"wait for it, stop it, or give another --workdir"
-            ) from error
-        except OSError:
-            pass  # some network file systems have no locks
-        with writing(workdir):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-            file.flush()
-        yield
 
 
 def is_primary_process() -> bool:

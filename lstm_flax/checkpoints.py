@@ -277,11 +277,15 @@ class _Best(preservation_policy.PreservationPolicy):
     """
 
     directory: Path
+    known: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """Metrics read before, by step; a bucket may take a second for each."""
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         """Say of each checkpoint, by Orbax's protocol, whether it is the best of all."""
         steps = [checkpoint.step for checkpoint in checkpoints]
-        metrics = _read_metrics(self.directory, steps)
+        unknown = [step for step in steps if step not in self.known]
+        self.known.update(_read_metrics(self.directory, unknown))
+        metrics = {step: self.known[step] for step in steps if step in self.known}
         best = _best(metrics)
         return [step == best or step not in metrics for step in steps]
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lstm_flax.arguments import as_floats, check_flag, check_rate
 from lstm_flax.models.cell import RecurrentCell, check_carry
 from lstm_flax.models.forms import Axes, Sequences, check_flags, check_lengths
+from lstm_flax.models.short_help import ShortHelp
 from lstm_flax.models.stack import refuse_other_layers
 from lstm_flax.models.steps import check_unroll, is_asked_for_gates, scan_cells
 
@@ -17,7 +18,7 @@ Carries = tuple[Any, ...]
 """The carry of each layer and direction."""
 
 
-class CellStack(nn.Module):
+class CellStack(nn.Module, metaclass=ShortHelp):
     """Layers of any cells, which may differ in kind and size, with `LSTMStack`'s call.
 
     A cell is any `flax.linen.RNNCellBase`, so a cell of flax, of this library or your own. It is

@@ -13,15 +13,18 @@ from typing import Any
 
 import griffe
 from mkdocs.structure.files import File, Files, InclusionLevel
+from pygments.formatters import HtmlFormatter
 
 ROOT = Path(__file__).parents[1]
 PICTURES = (".png", ".svg")
-MODULES = ("sequences", "training", "checkpoints", "data", "augment", "arguments", "files")
-"""Modules whose names are all public, beside those of `lstm_flax` itself."""
+BASES = ("models.stack.RecurrentStack", "models.cell.RecurrentCell")
+"""Classes to derive from."""
 
 LINK = re.compile(r"(\]\(|<img src=\")([^)\s\"#:]+)(?=[)\"#])")
 # Names in code, but for those in a link, a heading or a block of code.
 CODE = re.compile(r"<(a|h\d|pre|autoref)\b.*?</\1>|<code>([\w.]+)</code>", re.DOTALL)
+SHARED = ("GRUCell", "LSTMCell", "pad_sequences")
+"""Public names that elsewhere than on the first pages may mean those of flax, Keras or Equinox."""
 
 log = logging.getLogger("mkdocs.hooks.lstm_flax")  # a warning here fails the build
 anchors: set[str] = set()
@@ -32,14 +35,18 @@ def on_files(files: Files, config: Any) -> Files:
     anchors.clear()
     public_members.cache_clear()
     names.cache_clear()
+    colours = HtmlFormatter(style="default").get_style_defs(".highlight")
+    files.append(File.generated(config, "pygments.css", content=colours))
     for page in guide():
         files.append(File.generated(config, name(page), abs_src_path=str(page)))
         for target in targets(page):
             if name(target) in files.src_uris or shown(target) in files.src_uris:
                 continue
-            if target.suffix in PICTURES:
+            if not target.exists():
+                log.warning("%s links to %s, which is not there", name(page), name(target))
+            elif target.suffix in PICTURES:
                 files.append(File.generated(config, name(target), abs_src_path=str(target)))
-            elif target.suffix != ".md" and target.is_file():
+            elif target.suffix != ".md":
                 text = f"# {name(target)}\n\n```{target.suffix[1:]}\n{target.read_text()}```\n"
                 place = InclusionLevel.NOT_IN_NAV
                 files.append(File.generated(config, shown(target), content=text, inclusion=place))
@@ -63,7 +70,8 @@ def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
     anchors.update(re.findall(r'id="(lstm_flax[\w.]*)"', html))
 
     def link(found: re.Match[str]) -> str:
-        path = names().get(found[2])
+        is_shared = found[2] in SHARED and page.file.src_uri not in ("layers.md", "cells.md")
+        path = None if is_shared else names().get(found[2])
         return f'<autoref identifier="{path}">{found[0]}</autoref>' if path else found[0]
 
     return CODE.sub(link, html)
@@ -106,11 +114,12 @@ def shown(source: Path) -> str:
 
 @cache
 def public_members() -> list[griffe.Object | griffe.Alias]:
-    """What `lstm_flax` exports, and the public names of its modules."""
+    """What `lstm_flax` exports, the bases, and the public names of its modules but `models`."""
     package = griffe.load("lstm_flax", search_paths=[ROOT])
-    found = [package[exported] for exported in package.exports or ()]
-    for module in MODULES:
-        found += [m for m in package[module].members.values() if m.is_public and not m.is_module]
+    found = [package[name] for name in (*(package.exports or ()), *BASES)]
+    for module in package.modules.values():
+        if module.name != "models":
+            found += [m for m in module.members.values() if m.is_public and not m.is_module]
     return found
 
 
@@ -123,9 +132,10 @@ def public_methods(member: griffe.Object | griffe.Alias) -> list[griffe.Object |
 
 @cache
 def names() -> dict[str, str]:
-    """Where names lead that stand in code: `LSTMStack`, `training.evaluate` and whole paths."""
+    """Where names lead that stand in code: `LSTMStack`, `training.evaluate` or whole paths."""
     found = {}
     for member in public_members():
-        parts = member.path.split(".")
-        found |= {".".join(parts[k:]): member.canonical_path for k in (0, 1)}
+        short = member.path.removeprefix("lstm_flax.")
+        keys = (member.path, short, member.name if member.is_class else short)
+        found |= dict.fromkeys(keys, member.path)
     return found

@@ -203,7 +203,8 @@ class LSTMStack(RecurrentStack):
         (3, 7, 16)
 
     The parameters of layer k are `params["l{k}"]`, and of its reverse direction
-    `params["l{k}_reverse"]`. `LSTMCell` describes them, and the attributes that are not listed here.
+    `params["l{k}_reverse"]`. `lstm_flax.models.cell` describes them, and `RecurrentCell` there
+    describes the attributes that are not listed here.
 
     Attributes:
         hidden_size: units of each layer and direction.
@@ -216,7 +217,7 @@ class LSTMStack(RecurrentStack):
         zoneout: probability that a unit of `h` keeps its value of the step before (Krueger et al.,
             2017); evaluation uses the mean.
         zoneout_cell: the same for `c`.
-        layer_norm: the LayerNorm LSTM, see `lstm_flax.models.cell`.
+        layer_norm: normalise inside the cell (Ba et al., 2016), see `lstm_flax.models.cell`.
         proj_size: features that `h` is projected to, less than `hidden_size`; 0: no projection.
         peephole: let the gates see the cell state, see `PeepholeLSTMCell`.
         time_major: time is the first axis of x, of the outputs, and of masks.
@@ -224,11 +225,10 @@ class LSTMStack(RecurrentStack):
         hold_outputs: at steps that are not valid, repeat the latest output of each direction, or
             `h_0` before its first, as Keras's `zero_output_for_mask=False` does; otherwise zero.
         return_carry: return `(outputs, carry)`; otherwise the outputs, as `nn.Sequential` needs.
-        unroll: number of steps in one iteration of the scan, as in `jax.lax.scan`; True unrolls
-            the whole sequence. It takes longer to compile, and can train faster.
+        unroll: steps in one iteration of the scan, as in `jax.lax.scan`; True takes all of them.
         implementation: "scan" is the reference that the others equal. "native" (CPU), "pallas"
-            (TPU) and "cudnn" (CUDA) are kernels; if one can't run, a warning says why, and the stack
-            scans. "auto" chooses by the platform, the options and the size, and warns of nothing.
+            (TPU) and "cudnn" (CUDA) are kernels; if one can't run, a warning says why, and the
+            stack scans. "auto" chooses by the platform, the options and the size, and never warns.
 
     Raises:
         ValueError: an attribute is out of its bounds; the message gives them.

@@ -40,7 +40,7 @@ class ShortHelp(abc.ABCMeta):
     @property
     def __signature__(cls) -> inspect.Signature:
         """The class's call, whose text has names in place of addresses."""
-        call = inspect.signature(cls.__init__)
+        call = inspect.signature(cls.__init__)  # type: ignore[misc]  # cls is no instance
         _self, *parameters = call.parameters.values()
         return call.replace(parameters=[_Parameter.like(p) for p in parameters])
 

@@ -147,7 +147,7 @@ class RecurrentStack(nn.Module, metaclass=ShortHelp):
             deterministic: switches dropout and zoneout's sampling off.
 
         Returns:
-            `(outputs, carry)`: the top layer's output at every step, [batch, time,
+            `(outputs, carry)`, the top layer's output at every step, [batch, time,
             size * directions], forward before reverse, and the final states of every layer and
             direction, shaped as `initial_carry`, in PyTorch's order: `h_n[-1]` is the top layer's
             state at each sequence's last valid step. With `return_carry=False`, the outputs alone.

@@ -46,9 +46,10 @@ class CellStack(nn.Module, metaclass=ShortHelp):
         cells: one per layer; each reads the output of the one before it.
         bidirectional: also run each layer from the end to the start, with a copy of its cell that
             has its own parameters; the next layer reads both outputs, joined in the last axis.
-        reverse, time_major, return_carry, unroll: as in `LSTMStack`.
         dropout: fraction of each layer's output that is dropped on its way to the next layer.
         hold_outputs: as in `LSTMStack`, but zeros come before a direction's first step.
+
+    `reverse`, `time_major`, `return_carry` and `unroll` are as in `LSTMStack`.
 
     Raises:
         ValueError: an attribute is out of its bounds.

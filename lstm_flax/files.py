@@ -14,6 +14,7 @@ from typing import Any
 from lstm_flax import buckets
 
 MIB = 2**20
+"""Bytes in a mebibyte."""
 
 MAX_DEPTH = 32
 """How deeply folders may be nested; programs that remove thousands of levels may fail half-way."""

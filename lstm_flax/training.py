@@ -32,16 +32,27 @@ from lstm_flax.arguments import check, check_array, check_integer
 from lstm_flax.sequences import rows
 
 Batch = dict[str, jax.Array]
+"""Arrays by name, as described at the top of this module."""
+
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
+"""`(key, images float32 [batch, height, width]) -> images`, such as `lstm_flax.augment.distort`."""
+
 ToSequence = Callable[[jax.Array], jax.Array]
+"""`images -> sequences [batch, time, features]`, such as `lstm_flax.sequences.rows`."""
 
 
 class Keys(NamedTuple):
-    """The PRNG keys of a run, one for each source of randomness."""
+    """The PRNG keys of a run, one for each source of randomness.
+
+    Attributes:
+        init: for the initial parameters.
+        order: with the epoch, for the order of the training images.
+        noise: with the step, for dropout and augmentation.
+    """
 
     init: jax.Array
-    order: jax.Array  # with the epoch: the order of the training images
-    noise: jax.Array  # with the step: dropout and augmentation
+    order: jax.Array
+    noise: jax.Array
 
     @classmethod
     def from_seed(cls, seed: int) -> "Keys":
@@ -57,11 +68,17 @@ class Keys(NamedTuple):
 
 @flax.struct.dataclass
 class Metrics:
-    """Sums over examples. They add up over batches, and are divided only when they are read."""
+    """Sums over examples. They add up over batches, and are divided only when they are read.
 
-    loss_sum: jax.Array  # float32, cross-entropy in nats
-    correct: jax.Array  # int32
-    count: jax.Array  # int32
+    Attributes:
+        loss_sum: float32 [], cross-entropy in nats.
+        correct: int32 [], examples that are classified correctly.
+        count: int32 [], all examples.
+    """
+
+    loss_sum: jax.Array
+    correct: jax.Array
+    count: jax.Array
 
     @classmethod
     def empty(cls) -> "Metrics":
@@ -369,7 +386,9 @@ def train_steps(
         keys: the keys of the run.
         max_steps: largest number of steps to take.
         batch_size: number of images in a step.
-        augment, to_sequence, label_smoothing: as in `train_step`.
+        augment: as in `train_step`.
+        to_sequence: as in `train_step`.
+        label_smoothing: as in `train_step`.
 
     Returns:
         The state after these steps, and the metrics of the epoch so far.

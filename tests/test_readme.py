@@ -1,4 +1,7 @@
-"""The code in all READMEs: each block is pasted alone, by a reader who has run no other."""
+"""The code in all READMEs: each block is pasted alone, by a reader who has run no other.
+
+`test_docs.py` tests the pages in `docs`, whose links are those of the built reference.
+"""
 
 import importlib
 import importlib.util
@@ -14,7 +17,8 @@ PAGES = [
     path
     for path in sorted(ROOT.rglob("*.md"))
     if not any(
-        part.startswith(".") or part in ("runs", "build") for part in path.parts[len(ROOT.parts) :]
+        part.startswith(".") or part in ("runs", "build", "docs")
+        for part in path.parts[len(ROOT.parts) :]
     )
 ]
 

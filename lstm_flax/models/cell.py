@@ -28,6 +28,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from lstm_flax.arguments import as_floats, check, check_flag, check_floating, check_integer
+from lstm_flax.models.short_help import ShortHelp
 
 Weights = dict[str, Any]
 """A cell's parameters by name, and its normalisations as functions."""
@@ -82,7 +83,7 @@ def in_float32(init: Initializer) -> Initializer:
     return rounded
 
 
-class RecurrentCell(nn.RNNCellBase):
+class RecurrentCell(nn.RNNCellBase, metaclass=ShortHelp):
     """What all cells share: their attributes and their two products.
 
     Attributes:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lstm_flax.arguments import as_floats, check_flag, check_rate
 from lstm_flax.models.cell import RecurrentCell, check_carry
 from lstm_flax.models.forms import Axes, Sequences, check_flags, check_lengths
+from lstm_flax.models.short_help import ShortHelp
 from lstm_flax.models.stack import refuse_other_layers
 from lstm_flax.models.steps import check_unroll, is_asked_for_gates, scan_cells
 
@@ -17,7 +18,7 @@ Carries = tuple[Any, ...]
 """The carry of each layer and direction."""
 
 
-class CellStack(nn.Module):
+class CellStack(nn.Module, metaclass=ShortHelp):
     """Layers of any cells, which may differ in kind and size, with `LSTMStack`'s call.
 
     A cell is any `flax.linen.RNNCellBase`, so a cell of flax, of this library or your own. It is
@@ -45,9 +46,10 @@ class CellStack(nn.Module):
         cells: one per layer; each reads the output of the one before it.
         bidirectional: also run each layer from the end to the start, with a copy of its cell that
             has its own parameters; the next layer reads both outputs, joined in the last axis.
-        reverse, time_major, return_carry, unroll: as in `LSTMStack`.
         dropout: fraction of each layer's output that is dropped on its way to the next layer.
         hold_outputs: as in `LSTMStack`, but zeros come before a direction's first step.
+
+    `reverse`, `time_major`, `return_carry` and `unroll` are as in `LSTMStack`.
 
     Raises:
         ValueError: an attribute is out of its bounds.

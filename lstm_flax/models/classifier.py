@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from lstm_flax.arguments import check_floating, check_integer
 from lstm_flax.models.cell import at_least_float32
 from lstm_flax.models.lstm import LSTMStack
+from lstm_flax.models.short_help import ShortHelp
 from lstm_flax.models.stack import RecurrentStack
 
 
-class SequenceClassifier(nn.Module):
+class SequenceClassifier(nn.Module, metaclass=ShortHelp):
     """Logits from the top layer's final hidden state, of both directions if there are two.
 
     Each direction's final state comes after it has read the whole sequence: it is the last output

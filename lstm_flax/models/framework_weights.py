@@ -71,7 +71,7 @@ def from_flax(*layers: Any) -> Params:
             `Bidirectional` around cells. A pair `(forward, backward)` is a bidirectional layer too.
 
     Returns:
-        Params of a stack: `l0`, with `l0_reverse` where it is bidirectional, `l1` and so on. The
+        Params of a stack, `l0`, with `l0_reverse` where it is bidirectional, `l1` and so on. The
         arrays share no memory with flax's; half precision becomes float32.
 
     Raises:
@@ -140,7 +140,7 @@ def from_keras(*layers: Any) -> Params:
         layers: built layers, or cells of them, one for each layer of the stack.
 
     Returns:
-        Params of a stack: `l0`, with `l0_reverse` where it is bidirectional, `l1` and so on. The
+        Params of a stack, `l0`, with `l0_reverse` where it is bidirectional, `l1` and so on. The
         arrays share no memory with Keras's; half precision becomes float32.
 
     Raises:

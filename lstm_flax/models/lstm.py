@@ -190,64 +190,45 @@ class PeepholeLSTMCell(LSTMCell):
 class LSTMStack(RecurrentStack):
     """`num_layers` LSTM layers over sequences, with the call and the shapes of `torch.nn.LSTM`.
 
-    The parameters of layer k are `params["l{k}"]`, and `params["l{k}_reverse"]` for its reverse
-    direction, as `LSTMCell` describes them.
-
         >>> import jax, jax.numpy as jnp
         >>> from lstm_flax import LSTMStack
         >>> lstm = LSTMStack(hidden_size=16, num_layers=2, bidirectional=True)
         >>> x = jnp.ones((3, 7, 5))
-        >>> params = lstm.init(jax.random.key(0), x)["params"]
-        >>> outputs, (h_n, c_n) = lstm.apply(
-        ...     {"params": params}, x, seq_lengths=jnp.array([7, 2, 4])
-        ... )
+        >>> variables = lstm.init(jax.random.key(0), x)
+        >>> outputs, (h_n, c_n) = lstm.apply(variables, x, seq_lengths=jnp.array([7, 2, 4]))
         >>> outputs.shape, h_n.shape, c_n.shape
         ((3, 7, 32), (4, 3, 16), (4, 3, 16))
-        >>> _, kept = lstm.apply({"params": params}, x, mutable="gates")
+        >>> _, kept = lstm.apply(variables, x, mutable="gates")
         >>> kept["gates"]["l0"]["forget"].shape
         (3, 7, 16)
 
-    If one `apply` calls the stack several times, each gate is a tuple with an array per call.
-
-    In `nn.Sequential`, set `return_carry=False`. Otherwise the next module receives the final carry
-    as its second argument, and a stack would start from it.
+    The parameters of layer k are `params["l{k}"]`, and of its reverse direction
+    `params["l{k}_reverse"]`. `lstm_flax.models.cell` describes them, and `RecurrentCell` there
+    describes the attributes that are not listed here.
 
     Attributes:
         hidden_size: units of each layer and direction.
         num_layers: number of layers; each reads the output of the one below it.
         bidirectional: also run each layer from the end to the start, with its own parameters.
-        use_bias: add biases.
-        dropout: fraction of each layer's output that is dropped on its way to the next layer,
-            with a new mask at each time step, as in PyTorch. All dropout and zoneout draws from
-            the rng "dropout".
-        recurrent_dropout: fraction of `h_{t-1}` that is dropped on its way into the gates, with
-            one mask per sequence (Gal and Ghahramani, "A Theoretically Grounded Application of
-            Dropout in Recurrent Neural Networks", 2016).
+        dropout: fraction of each layer's output that is dropped on its way to the next layer, with
+            a new mask at each step. All dropout and zoneout draws from the rng "dropout".
+        recurrent_dropout: fraction of `h_{t-1}` that is dropped on its way into the gates, with one
+            mask per sequence (Gal and Ghahramani, 2016).
         zoneout: probability that a unit of `h` keeps its value of the step before (Krueger et al.,
-            "Zoneout", 2017); evaluation uses the mean.
+            2017); evaluation uses the mean.
         zoneout_cell: the same for `c`.
-        layer_norm: the LayerNorm LSTM, see `lstm_flax.models.cell`.
+        layer_norm: normalise inside the cell (Ba et al., 2016), see `lstm_flax.models.cell`.
         proj_size: features that `h` is projected to, less than `hidden_size`; 0: no projection.
         peephole: let the gates see the cell state, see `PeepholeLSTMCell`.
         time_major: time is the first axis of x, of the outputs, and of masks.
-        reverse: run each layer from each sequence's end to its start. Outputs stay in the order of
-            x; Keras's `go_backwards` returns them in the reverse order.
-        hold_outputs: at steps that `seq_lengths` or `mask` excludes, repeat the latest output of
-            each direction, or `h_0` before its first; otherwise those outputs are zero. Keras calls
-            this `zero_output_for_mask=False`.
-        return_carry: return `(outputs, carry)`; otherwise the outputs alone.
-        unroll: number of steps in one iteration of the scan, as in `jax.lax.scan`; True unrolls
-            the whole sequence. It takes longer to compile, and can train faster. Kernels ignore it.
-        kernel_init, recurrent_init, bias_init, dtype, param_dtype, precision, activation,
-            recurrent_activation: as in `LSTMCell`.
-        implementation: what runs the layers. "scan" is `nn.scan` over cells, the reference that the
-            others equal. "native" is the C++ kernel in `lstm_flax.models.native`, for CPUs, in
-            float32, and in bfloat16 where the CPU multiplies in it. "pallas" is the kernel in
-            `lstm_flax.models.pallas_tpu`, for TPUs. "cudnn" is NVIDIA's, in float32, and needs
-            JAX's CUDA plugin. "auto" chooses by the platform that the program is compiled for,
-            which need not be this machine's, and scans at sizes that XLA computes faster. If the
-            one that you name can't run, a warning says why, and the stack scans; "auto" logs the
-            reason to the logger "lstm_flax".
+        reverse: run from each sequence's end to its start; outputs stay in the order of x.
+        hold_outputs: at steps that are not valid, repeat the latest output of each direction, or
+            `h_0` before its first, as Keras's `zero_output_for_mask=False` does; otherwise zero.
+        return_carry: return `(outputs, carry)`; otherwise the outputs, as `nn.Sequential` needs.
+        unroll: steps in one iteration of the scan, as in `jax.lax.scan`; True takes all of them.
+        implementation: "scan" is the reference that the others equal. "native" (CPU), "pallas"
+            (TPU) and "cudnn" (CUDA) are kernels; if one can't run, a warning says why, and the
+            stack scans. "auto" chooses by the platform, the options and the size, and never warns.
 
     Raises:
         ValueError: an attribute is out of its bounds; the message gives them.

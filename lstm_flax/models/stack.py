@@ -25,6 +25,7 @@ from lstm_flax.models.cell import (
     orthogonal,
 )
 from lstm_flax.models.forms import Axes, Sequences, check_flags, check_lengths, flip
+from lstm_flax.models.short_help import ShortHelp
 from lstm_flax.models.steps import check_unroll, is_asked_for_gates, scan_cells
 
 logger = logging.getLogger("lstm_flax")
@@ -36,7 +37,7 @@ Carry = Any
 """`h`, or for the LSTM `(h, c)`; in a stack each has a leading axis of layers x directions."""
 
 
-class RecurrentStack(nn.Module):
+class RecurrentStack(nn.Module, metaclass=ShortHelp):
     """The base of all stacks; `LSTMStack` documents the call and the attributes."""
 
     hidden_size: int
@@ -111,14 +112,6 @@ class RecurrentStack(nn.Module):
     def initialize_carry(self, rng: Any, input_shape: tuple[int, ...]) -> Carry:
         """Return the zero carry, in the dtypes that the stack returns.
 
-        With `dtype` bfloat16, `h` is bfloat16 and the LSTM's `c` is float32.
-
-            >>> import jax
-            >>> from lstm_flax import LSTMStack
-            >>> h_0, c_0 = LSTMStack(16, num_layers=2).initialize_carry(None, (3, 7, 5))
-            >>> h_0.shape, c_0.shape
-            ((2, 3, 16), (2, 3, 16))
-
         Args:
             rng: not used; Flax's interface has it, since a carry may be random.
             input_shape: of x, [..., time, features], or [time, ..., features] with `time_major`.
@@ -141,35 +134,28 @@ class RecurrentStack(nn.Module):
 
         Args:
             x: floating, [batch, time, features], or [time, batch, features] with `time_major`.
-                A single sequence needs no batch axis, and there may be several batch axes; [batch]
-                then stands for none or for all of them. An empty batch gives empty results. No
-                steps give empty outputs and the initial carry.
+                There may be no batch axis, or several; [batch] stands for all of them.
             initial_carry: `(h_0, c_0)`, or `h_0` where the cell has one state, each
                 [num_layers * directions, batch, its size]; zeros if None.
             seq_lengths: [batch], integers from 0 to time: the steps of each right-padded sequence.
                 Padding reaches neither the carry nor any gradient, and outputs there are zero. The
-                reverse direction starts at each sequence's own end. A sequence of length 0 keeps
-                its initial carry. Traced lengths can't be checked: they are clipped to 0..time.
+                reverse direction starts at each sequence's own end. Traced lengths are clipped.
             mask: bool, shaped as x without features: True at valid steps, which may lie anywhere.
-                A sequence runs as if the other steps were not there, and these are treated as
-                padding. With `seq_lengths` as well, a step is valid if both say so.
-            resets: bool, shaped as x without features: the carry is set to zero before such a step,
-                as in Haiku's `ResetCore`. In the forward direction the step is the first of a new
-                episode; in the reverse direction, which comes from later steps, the last. Resets
-                at steps that are not valid have no effect. Kernels don't take resets.
+                The others are treated as padding. With `seq_lengths` as well, both must agree.
+            resets: bool, shaped as x without features: the carry is set to zero before such a step:
+                forward, the first of an episode; in reverse, its last. Kernels don't take resets.
             deterministic: switches dropout and zoneout's sampling off.
 
         Returns:
-            `(outputs, carry)`: the top layer's output at every step, [batch, time,
+            `(outputs, carry)`, the top layer's output at every step, [batch, time,
             size * directions], forward before reverse, and the final states of every layer and
             direction, shaped as `initial_carry`, in PyTorch's order: `h_n[-1]` is the top layer's
             state at each sequence's last valid step. With `return_carry=False`, the outputs alone.
 
         Raises:
-            ValueError: x, a state of `initial_carry`, `seq_lengths`, `mask` or `resets` has a wrong
-                shape or dtype, a length is out of range, or a parameter does not belong here.
-            flax.errors.ScopeParamShapeError: a parameter does not have the shape that x and the
-                attributes require.
+            ValueError: an argument has a wrong shape or dtype, a length is out of range, or a
+                parameter does not belong here.
+            flax.errors.ScopeParamShapeError: a parameter's shape does not fit x and the attributes.
         """
         outputs, carry = self.run(
             x,

@@ -107,7 +107,7 @@ class ResetBeforeGRUCell(GRUCell):
         return h.astype(self.compute_dtype), {"reset": r, "update": z, "candidate": n}
 
 
-class GRUStack(RecurrentStack):
+class GRUStack(RecurrentStack[jax.Array]):
     """GRU layers, as in `torch.nn.GRU`. The call is that of `LSTMStack`, and the carry is `h`.
 
         >>> import jax, jax.numpy as jnp

@@ -17,7 +17,7 @@ from lstm_flax.models.lstm_layer import KERNELS, Operands, lstm_layer
 from lstm_flax.models.stack import RecurrentStack
 
 LSTMCarry = tuple[jax.Array, jax.Array]
-"""`(h, c)`."""
+"""Type of an LSTM's carry, `(h, c)`; of a stack's, `(h_n, c_n)`."""
 
 # The functions that kernels compute, under all their names.
 _TANHS, _SIGMOIDS = (jax.lax.tanh, jnp.tanh), (jax.lax.logistic, nn.sigmoid)
@@ -187,7 +187,7 @@ class PeepholeLSTMCell(LSTMCell):
         return jnp.broadcast_to(weights[name], c.shape) * c
 
 
-class LSTMStack(RecurrentStack):
+class LSTMStack(RecurrentStack[LSTMCarry]):
     """`num_layers` LSTM layers over sequences, with the call and the shapes of `torch.nn.LSTM`.
 
         >>> import jax, jax.numpy as jnp
@@ -202,9 +202,8 @@ class LSTMStack(RecurrentStack):
         >>> kept["gates"]["l0"]["forget"].shape
         (3, 7, 16)
 
-    The parameters of layer k are `params["l{k}"]`, and of its reverse direction
-    `params["l{k}_reverse"]`. `lstm_flax.models.cell` describes them, and `RecurrentCell` there
-    describes the attributes that are not listed here.
+    The parameters of layer k are `params["l{k}"]`, and `params["l{k}_reverse"]` in reverse.
+    `lstm_flax.models.cell` describes them, and its `RecurrentCell` the attributes not listed here.
 
     Attributes:
         hidden_size: units of each layer and direction.

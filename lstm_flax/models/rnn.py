@@ -47,7 +47,7 @@ class RNNCell(RecurrentCell):
         return h, {"hidden": h}
 
 
-class RNNStack(RecurrentStack):
+class RNNStack(RecurrentStack[jax.Array]):
     """Vanilla RNN layers, as `torch.nn.RNN`: `LSTMStack`'s call, but the carry is `h` alone.
 
         >>> import jax, jax.numpy as jnp

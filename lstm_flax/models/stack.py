@@ -9,11 +9,12 @@ import re
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.typing import RNGSequences, VariableDict
 from jax.nn.initializers import Initializer
 
 from lstm_flax.arguments import as_floats, check_choice, check_flag, check_integer, check_rate
@@ -36,8 +37,12 @@ PLATFORMS = {"native": "cpu", "pallas": "tpu"}  # where their kernels run
 Carry = Any
 """`h`, or for the LSTM `(h, c)`; in a stack each has a leading axis of layers x directions."""
 
+CarryT = TypeVar("CarryT")
+"""The carry's type, which each kind of stack names, so that type checkers know what a call returns:
+`(outputs, carry)`. With `return_carry=False`, which they can't see, it is the outputs alone."""
 
-class RecurrentStack(nn.Module, metaclass=ShortHelp):
+
+class RecurrentStack(nn.Module, Generic[CarryT], metaclass=ShortHelp):
     """The base of all stacks; `LSTMStack` documents the call and the attributes."""
 
     hidden_size: int
@@ -109,7 +114,7 @@ class RecurrentStack(nn.Module, metaclass=ShortHelp):
         place = {"parent": None} if cell_name is None else {"name": cell_name}
         return {name: getattr(self, name) for name in names} | place
 
-    def initialize_carry(self, rng: Any, input_shape: tuple[int, ...]) -> Carry:
+    def initialize_carry(self, rng: Any, input_shape: tuple[int, ...]) -> CarryT:
         """Return the zero carry, in the dtypes that the stack returns.
 
         Args:
@@ -123,13 +128,13 @@ class RecurrentStack(nn.Module, metaclass=ShortHelp):
     def __call__(
         self,
         x: jax.Array,
-        initial_carry: Carry | None = None,
+        initial_carry: CarryT | None = None,
         *,
         seq_lengths: jax.Array | None = None,
         mask: jax.Array | None = None,
         resets: jax.Array | None = None,
         deterministic: bool = True,
-    ) -> Any:
+    ) -> tuple[jax.Array, CarryT]:
         """Run whole sequences.
 
         Args:
@@ -165,18 +170,40 @@ class RecurrentStack(nn.Module, metaclass=ShortHelp):
             resets=resets,
             deterministic=deterministic,
         )
-        return (outputs, carry) if self.return_carry else outputs
+        return (outputs, carry) if self.return_carry else outputs  # type: ignore[return-value]
+
+    if TYPE_CHECKING:  # Flax's own `apply` returns Any
+
+        @overload
+        def apply(
+            self,
+            variables: VariableDict,
+            x: jax.Array,
+            initial_carry: CarryT | None = None,
+            *,
+            seq_lengths: jax.Array | None = None,
+            mask: jax.Array | None = None,
+            resets: jax.Array | None = None,
+            deterministic: bool = True,
+            rngs: jax.Array | RNGSequences | None = None,
+        ) -> tuple[jax.Array, CarryT]: ...
+
+        @overload
+        def apply(self, variables: VariableDict, *args: Any, **kwargs: Any) -> Any: ...
+
+        def apply(self, variables: VariableDict, *args: Any, **kwargs: Any) -> Any:
+            """Call the module with these variables."""
 
     def run(
         self,
         x: jax.Array,
-        initial_carry: Carry | None = None,
+        initial_carry: CarryT | None = None,
         *,
         seq_lengths: jax.Array | None = None,
         mask: jax.Array | None = None,
         resets: jax.Array | None = None,
         deterministic: bool = True,
-    ) -> tuple[jax.Array, Carry]:
+    ) -> tuple[jax.Array, CarryT]:
         """Run `__call__`, but always return `(outputs, carry)`."""
         x = as_floats("x", x)
         axes = Axes.of(x.shape, self.time_major)

@@ -159,6 +159,7 @@ class Disconnected(Unmounted):
         if not shutil.which("bindfs") or not os.path.exists("/dev/fuse"):
             pytest.skip("needs bindfs and /dev/fuse (apt-get install bindfs)")
         super().__init__(machine, folder)
+        machine.at_last.append(self.begin)
 
     def begin(self):
         self._daemon.kill()
@@ -289,7 +290,7 @@ def test_a_workdir_that_fails_in_mid_run_and_comes_back(
     assert evaluating == "run     evaluating step 280"
     assert_ended_alike(fault, undisturbed_run)
     shown = curves(fault.machine.see(fault.workdir))
-    for tag in TAGS.values() - {"loss/validation", "accuracy/validation"}:
+    for tag in set(TAGS.values()) - {"loss/validation", "accuracy/validation"}:
         assert [step for step, _ in shown[tag]] == list(range(14, 281, 14)), tag
 
 

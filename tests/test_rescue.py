@@ -307,7 +307,8 @@ def test_a_run_that_ends_while_its_workdir_is_gone(data_dir, validated_run, resc
         f"warning: {fault.workdir} {fault.reason}; the last state, of step 240, is kept in {kept}: "
         f"make {fault.workdir} writable again and run the same command"
     )
-    assert list(machine.see(fault.workdir).iterdir()) == []  # nothing where the mount comes back
+    # Nothing is begun where the mount comes back; a save that was under way may go on there.
+    assert {path.name for path in machine.see(fault.workdir).iterdir()} <= {"checkpoints"}
 
     fault.end()
     status, told = Run(fault, data_dir, *flags).end()

@@ -8,9 +8,7 @@ cores.
 
 import dataclasses
 import itertools
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -22,18 +20,17 @@ from experiments.harness import stopping
 from experiments.harness.command import command
 from experiments.harness.stopping import Stopped, StopRequests
 from experiments.harness.usage import UsageError, check_fills_batch, command_line, counted
-from experiments.training_run import environment, from_config, lock, loop, processes, run_files
+from experiments.training_run import environment, from_config, loop, processes, rescue, run_files
 from experiments.training_run.config import Config, hyperparameters, parse
 from experiments.training_run.console import hide_repeated_tracebacks, print_summary, warn
-from experiments.training_run.lock import NO_LOCK, Lock
 from experiments.training_run.loop import TrainingError
 from experiments.training_run.loop_state import (
     CheckpointMetadata,
     LoopState,
     RunContext,
     check_epochs,
-    resume,
 )
+from experiments.training_run.rescue import Saver
 from experiments.training_run.run_files import RunFilesError
 from lstm_flax import checkpoints, data, training
 from lstm_flax.checkpoints import CheckpointError
@@ -59,33 +56,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: Config, stop: StopRequests) -> None:
     """Train or resume a run and evaluate its result, or only evaluate it."""
-    check_epochs(config)
+    check_epochs(config, config.workdir)
     stop.hint = partial(stop_hint, config)
     with processes.distributed_context(config):
         builder = data.prepare(config.dataset, config.data_dir, config.manual_dir)
         config = dataclasses.replace(config, dataset=builder.name)
+        stop.hint = partial(stop_hint, config)
         splits = load_splits(config, builder)
         check_batch_size(config, splits)
         datasets = training.replicate({name: split.arrays for name, split in splits.items()})
         keys = training.replicate(Keys.from_seed(config.seed))
-        with open_workdir(config) as (manager, held):
-            run = RunContext(config, datasets, keys, manager, held)
-            num_images = len(splits["train"].labels)
-            if config.eval_only and not config.shard_optimizer:
-                state = from_config.abstract_state(config)
-            else:
-                state = from_config.train_state(config, num_images, keys.init)
+        run = RunContext(config, datasets, keys)
+        if config.eval_only:
+            evaluate(run)
+            return
+        with rescue.open_saver(config) as saver:
+            state = from_config.train_state(config, len(splits["train"].labels), keys.init)
             describe(run, state)
-            if not config.eval_only:
-                train(run, state, stop)
-            evaluate_result(run, state)
+            train(run, state, saver, stop)
+            if saver.failure:
+                warn(f"{saver.failure}; {rescue.hint(config, saver.rescued_step)}")
+            else:
+                evaluate_result(run, saver.manager, state)
 
 
 def stop_hint(config: Config) -> str:
     """Return what the same command will do after this one was stopped."""
     if config.eval_only:
         return ""
-    if run_files.saved_steps(config.workdir):
+    saved, rescued = run_files.saved_steps(config.workdir), rescue.newest_step(config)
+    if rescued is not None and rescued > max(saved, default=-1):
+        return f": {rescue.hint(config, rescued)} to resume"
+    if saved:
         return ": run the same command to resume"
     return " before the first save: run the same command to start again"
 
@@ -110,16 +112,6 @@ def check_batch_size(config: Config, splits: dict[str, data.Split]) -> None:
         )
 
 
-@contextmanager
-def open_workdir(config: Config) -> Iterator[tuple[ocp.CheckpointManager, Lock]]:
-    """Open the run's checkpoints, kept from other runs while this one may write them."""
-    with ExitStack() as stack:
-        held = NO_LOCK if config.eval_only else stack.enter_context(lock.hold(config.workdir))
-        path = run_files.checkpoints_path(config.workdir)
-        opened = checkpoints.open_checkpoints(path, read_only=config.eval_only)
-        yield stack.enter_context(opened), held
-
-
 def describe(run: RunContext, state: TrainState) -> None:
     """Print the data, the model and the device."""
     config = run.config
@@ -134,9 +126,9 @@ def describe(run: RunContext, state: TrainState) -> None:
     print(f"device  {environment.device_name()}, {from_config.implementation(config)}")
 
 
-def train(run: RunContext, fresh: TrainState, stop: StopRequests) -> None:
+def train(run: RunContext, fresh: TrainState, saver: Saver, stop: StopRequests) -> None:
     """Train from the newest intact checkpoint, or from a fresh state, to the last epoch."""
-    loop_state, config = resume(run, LoopState.at_start(fresh)), run.config
+    loop_state, config = saver.resume(LoopState.at_start(fresh)), run.config
     # Whatever happened to these files, the checkpoint knows what they held.
     run_files.write_json(run_files.config_path(config.workdir), hyperparameters(config))
     run_files.write_metrics(config.workdir, loop_state.records)
@@ -146,7 +138,7 @@ def train(run: RunContext, fresh: TrainState, stop: StopRequests) -> None:
     if loop_state.step:
         print(f"run     resuming from step {loop_state.step}, in epoch {loop_state.epochs + 1}")
     record_start(config, loop_state.step)
-    loop.train(run, loop_state, stop)
+    loop.train(run, loop_state, saver, stop)
 
 
 def record_start(config: Config, step: int) -> None:
@@ -160,9 +152,29 @@ def record_start(config: Config, step: int) -> None:
         warn(str(error))
 
 
-def evaluate_result(run: RunContext, like: TrainState) -> None:
+def evaluate(run: RunContext) -> None:
+    """Evaluate the result, or the checkpoint of `--step`, of a run that may still be training."""
+    config = run.config
+    path = run_files.checkpoints_path(config.workdir)
+    with checkpoints.open_checkpoints(path, read_only=True) as manager:
+        if config.shard_optimizer:
+            num_images = len(run.datasets["train"]["label"])
+            state = from_config.train_state(config, num_images, run.keys.init)
+        else:
+            state = from_config.abstract_state(config)
+        describe(run, state)
+        rescued = rescue.newest_step(config)
+        if config.step is None and rescued is not None and rescued > (manager.latest_step() or 0):
+            warn(
+                f"this evaluates an earlier state; the last one, of step {rescued}, is kept in "
+                f"{rescue.rescue_folder(config)}: run the same command without --eval-only"
+            )
+        evaluate_result(run, manager, state)
+
+
+def evaluate_result(run: RunContext, manager: ocp.CheckpointManager, like: TrainState) -> None:
     """Restore the result or the checkpoint of `--step`, evaluate it, and print and save that."""
-    config, manager, tree = run.config, run.manager, LoopState.at_start(like).tree
+    config, tree = run.config, LoopState.at_start(like).tree
     if config.step is None:
         steps = checkpoints.result_steps(manager)
         restored, damages = checkpoints.restore_first(manager, tree, steps)
@@ -202,4 +214,4 @@ def evaluation_command(config: Config) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    stopping.leave(main())

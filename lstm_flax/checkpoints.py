@@ -470,6 +470,8 @@ def _digest(values: Any) -> str:
 
 def _brief(error: Exception) -> str:
     """An error in few words; of TensorStore's chains of causes, the operating system's own."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     text = str(error)
     if number := re.search(r"(?:os_error_code='|OS error )(\d+)", text):  # by its version
         return os.strerror(int(number[1]))

@@ -252,6 +252,30 @@ def test_a_service_that_refuses_is_quoted_in_one_line(served, workdir, run, stat
 
 
 @pytest.mark.slow
+def test_a_service_that_refuses_for_a_while_does_not_end_a_run(
+    served, workdir, on_disk, data_dir, tmp_path
+):
+    process = start(data_dir, workdir, *FLAGS, "--rescue-dir", tmp_path, "--tensorboard")
+    read_until(process, "epoch 1/3")
+    process.send_signal(signal.SIGSTOP)
+    served.status = 403
+    process.send_signal(signal.SIGCONT)
+    try:
+        warning = read_until(process, "warning: ")[-1]
+    finally:
+        served.status = None
+    output, _ = process.communicate(timeout=200)
+    assert warning.startswith(f"warning: {workdir}/checkpoints can't be ")
+    assert f"the last state is kept in {tmp_path}/lstm_flax_" in warning
+    assert process.returncode == 0, output
+    assert "Traceback" not in output
+    assert f"in {workdir} again" in output
+    assert list(tmp_path.iterdir()) == []
+    assert read_eval(workdir) == read_eval(on_disk)
+    assert without_times(workdir) == without_times(on_disk)
+
+
+@pytest.mark.slow
 def test_a_service_that_is_away_is_named_in_one_line(served, workdir, tmp_path, capsys):
     served.stop()
     try:

@@ -11,7 +11,7 @@ import pytest
 from small_runs import SMALL, command, read_eval, start, without_times
 
 from experiments.predict import __main__ as predict
-from experiments.training_run import run_files
+from experiments.training_run import lock, run_files
 
 FLAGS = [*SMALL, "--epochs", 3]
 
@@ -231,7 +231,7 @@ def test_a_workdir_in_use_is_refused_until_its_owner_is_dead(data_dir, run, tmp_
     process.kill()
     process.communicate()
     refused(outcome, f"is in use by another run (process {process.pid} on ")
-    with run_files.lock(tmp_path):  # a dead owner's lock is free
+    with lock.hold(tmp_path):  # a dead owner's lock is free
         pass
 
 

@@ -336,6 +336,7 @@ OPENERS = (
 ELSEWHERE = {
     "harness/streams.py": {"os.open", "open"},  # the null device
     "training_run/processes.py": {"open"},  # the same
+    "training_run/rescue.py": {"shutil.rmtree"},  # of a folder that is this user's alone
     "training_run/environment.py": {"info.read_text"},  # the processor's name
     "training_run/lock.py": {"ts.KvStore.open", "boot.read_text"},  # a bucket; this boot's name
     "training_run/metric_writer.py": {  # the copies of a bucket's files in a folder of its own

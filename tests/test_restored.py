@@ -7,7 +7,7 @@ import pytest
 from small_runs import SMALL, read_eval, read_lines
 
 from experiments import mnist_lstm
-from experiments.training_run import run_files
+from experiments.training_run import lock, run_files
 from experiments.training_run.restored import restore_run
 from experiments.training_run.run_files import RunFilesError, params_sha256
 from lstm_flax.checkpoints import CheckpointError
@@ -35,7 +35,7 @@ def files(folder):
 
 def test_the_result_is_what_was_evaluated_and_stays_as_it_was(trained):
     before = files(trained)
-    with run_files.lock(trained):  # as a run that is training has it
+    with lock.hold(trained):  # as a run that is training has it
         restored = restore_run(trained)
     assert files(trained).keys() == before.keys()
     changed = [path for path, time in files(trained).items() if time != before[path]]

@@ -82,6 +82,8 @@ class Config:
     """Precision of the matrix products; parameters, cell states and sums stay float32."""
     checkpoint_every: str = "60s"
     """Also save within an epoch: every 500 (steps) or 60s (seconds); 0 saves only after epochs."""
+    rescue_dir: Path | None = None
+    """Folder for the last state while the workdir can't be written; None is the temporary one."""
     tensorboard: bool = False
     """Also write the curves for TensorBoard, to the folder tensorboard in the workdir."""
     shard_optimizer: bool = False
@@ -128,8 +130,9 @@ RECIPES: dict[RecipeName, dict[str, Any]] = {
 
 # Where a run is, how it is saved and on which machines it runs does not change what it learns.
 _NOT_HYPERPARAMETERS = (
-    "workdir", "data_dir", "manual_dir", "checkpoint_every", "tensorboard", "shard_optimizer",
-    "distributed", "coordinator", "num_processes", "process_id", "eval_only", "step",
+    "workdir", "data_dir", "manual_dir", "checkpoint_every", "rescue_dir", "tensorboard",
+    "shard_optimizer", "distributed", "coordinator", "num_processes", "process_id", "eval_only",
+    "step",
 )  # fmt: skip
 
 
@@ -260,10 +263,13 @@ def _bounds(config: Config) -> Iterator[tuple[str, bool, str]]:
 def _check_flags(config: Config) -> None:
     for name, holds, must_be in _bounds(config):
         check(config, name, holds, must_be)
-    workdir = config.workdir
-    if not buckets.is_bucket(workdir):
-        is_free = not os.path.lexists(workdir)  # a dangling link exists, but is not a folder
-        check(config, "workdir", is_free or os.path.isdir(workdir), "a folder")
+    if not buckets.is_bucket(config.workdir):
+        check(config, "workdir", _may_be_folder(config.workdir), "a folder")
+    rescue_dir = config.rescue_dir
+    is_local = rescue_dir is None or not buckets.is_bucket(rescue_dir)
+    check(config, "rescue_dir", is_local, "a folder on this machine")
+    is_folder = rescue_dir is None or _may_be_folder(rescue_dir)
+    check(config, "rescue_dir", is_folder, "a folder")
     try:
         is_interval = all(value is None or value > 0 for value in config.save_interval)
     except ValueError:
@@ -273,3 +279,8 @@ def _check_flags(config: Config) -> None:
         given = getattr(config, name) is not None
         check(config, name, config.distributed or not given, "given with --distributed")
     check(config, "step", config.step is None or config.eval_only, "given with --eval-only")
+
+
+def _may_be_folder(path: Path) -> bool:
+    """Whether a path is a folder, or free; a dangling link exists, but is not a folder."""
+    return os.path.isdir(path) or not os.path.lexists(path)

@@ -16,7 +16,14 @@ from experiments.harness.usage import counted, printable
 def warn(message: str) -> None:
     """Print a warning about a problem that does not end the run."""
     if jax.process_index() == 0:
-        print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
+        tqdm.write(f"warning: {printable(message)}", file=sys.stderr)
+
+
+def note(message: str) -> None:
+    """Print what the run does, without breaking its progress bar."""
+    if jax.process_index() == 0:
+        tqdm.write(f"run     {printable(message)}", file=sys.stdout)
+        sys.stdout.flush()
 
 
 @contextlib.contextmanager

@@ -36,6 +36,10 @@ SILENT_SECONDS = 300
 """How old a lock in a bucket is when its run counts as dead."""
 
 
+class LostError(RunFilesError):
+    """Another run has taken over the workdir."""
+
+
 class Lock(Protocol):
     """A lock that is held."""
 
@@ -43,12 +47,13 @@ class Lock(Protocol):
         """Check that it is still held, before the run writes anything.
 
         Raises:
-            RunFilesError: another run has taken it over.
+            LostError: another run has taken it over.
+            RunFilesError: its file is not in the workdir any more, perhaps because a mount is gone.
         """
 
 
 class _Free:
-    """Stands for the lock of a process that writes nothing, or whose lock can't be lost."""
+    """Stands for the lock of a process that writes nothing."""
 
     def check(self) -> None:
         """Do nothing."""
@@ -90,7 +95,21 @@ def _flock(workdir: Path) -> Iterator[Lock]:
             file.truncate(0)
             file.write(_name(_this_process()).encode())
             file.flush()
-        yield NO_LOCK
+        yield _Flock(workdir, os.fstat(file.fileno()))
+
+
+class _Flock:
+    """A lock on a disk, which the kernel holds."""
+
+    def __init__(self, workdir: Path, status: os.stat_result):
+        self._workdir, self._status = workdir, status
+
+    def check(self) -> None:
+        """Check that the locked file is the one in the workdir."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.lstat(lock_path(self._workdir)), self._status):
+                return
+        raise RunFilesError(f"{self._workdir} was mounted anew, or its mount is gone")
 
 
 class _Lease:
@@ -113,7 +132,7 @@ class _Lease:
     def check(self) -> None:
         """Check that no other run has taken it over."""
         if self._taken_by is not None:
-            raise RunFilesError(
+            raise LostError(
                 f"another run ({self._taken_by}) has taken over {self._workdir}, because this one "
                 f"gave no sign of life for {SILENT_SECONDS // 60} minutes; nothing more is written"
             )

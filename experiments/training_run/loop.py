@@ -20,9 +20,10 @@ from experiments.training_run import environment, from_config, run_files
 from experiments.training_run.chunks import ChunkScheduler
 from experiments.training_run.config import Config
 from experiments.training_run.console import ProgressBar, duration, warn
-from experiments.training_run.loop_state import LoopState, RunContext, save
+from experiments.training_run.loop_state import LoopState, RunContext
 from experiments.training_run.metric_writer import MetricWriter
-from lstm_flax import checkpoints, training
+from experiments.training_run.rescue import Saver
+from lstm_flax import training
 from lstm_flax.training import Metrics
 
 TakeSteps = Callable[..., tuple[TrainState, Metrics]]
@@ -33,13 +34,13 @@ class TrainingError(Exception):
     """Training can't continue; the message says what to change."""
 
 
-def train(run: RunContext, loop_state: LoopState, stop: StopRequests) -> None:
+def train(run: RunContext, loop_state: LoopState, saver: Saver, stop: StopRequests) -> None:
     """Train from a state of the loop to the end of the last epoch.
 
     Raises:
         Stopped: a signal arrived, perhaps after the last step; the state is saved.
         TrainingError: the loss is not finite.
-        CheckpointError: a checkpoint can't be written.
+        CheckpointError: the last state can't be saved anywhere.
     """
     config, images = run.config, len(run.datasets["train"]["label"])
     take_steps = compile_train_steps(run, loop_state)
@@ -57,12 +58,13 @@ def train(run: RunContext, loop_state: LoopState, stop: StopRequests) -> None:
             writer.write_running_loss(loop_state.step, loop_state.loss)
             if is_end_of_epoch := loop_state.images == images:
                 loop_state = end_epoch(run, loop_state)
-                run_files.append_metrics(config.workdir, loop_state.records)
+                saver.append_metrics(loop_state)
                 progress.print_epoch(loop_state.records[-1], config.epochs)
                 writer.write_epoch(loop_state.records[-1])
             if is_end_of_epoch or scheduler.is_save_due or scheduler.stop_signal:
-                save(run, loop_state)
-        checkpoints.wait(run.manager)
+                is_back = saver.save(loop_state)
+                writer.repair(loop_state.step, loop_state.records, is_back, saver.failure)
+        saver.finish(loop_state)
         scheduler.after_training()
         if scheduler.stop_signal:
             raise Stopped(scheduler.stop_signal)

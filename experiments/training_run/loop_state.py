@@ -1,6 +1,7 @@
 """The progress of a run: saved as a checkpoint, and resumed from it."""
 
 import contextlib
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
@@ -10,7 +11,6 @@ from experiments.harness.usage import UsageError
 from experiments.training_run import run_files
 from experiments.training_run.config import MAX_EPOCHS, Config, config_diff, hyperparameters
 from experiments.training_run.console import warn
-from experiments.training_run.lock import NO_LOCK, Lock
 from lstm_flax import checkpoints, training
 from lstm_flax.training import Batch, Keys, Metrics
 
@@ -21,8 +21,6 @@ class RunContext(NamedTuple):
     config: Config
     datasets: dict[str, Batch]  # "train", "test" and, where images are held out, "validation"
     keys: Keys
-    manager: ocp.CheckpointManager
-    lock: Lock = NO_LOCK
 
 
 class LoopState(NamedTuple):
@@ -112,15 +110,19 @@ def _is_number(value: Any, low: float = 0, high: float = 1e12) -> bool:
     return type(value) in (int, float) and low <= value <= high
 
 
-def check_epochs(config: Config) -> None:
+def check_epochs(config: Config, folder: Path) -> None:
     """Check that the run in the workdir, if there is one, has no more epochs than `--epochs`.
+
+    Args:
+        config: the flags.
+        folder: the workdir, or the rescue folder.
 
     Raises:
         UsageError: the run was saved for more epochs, or has trained more.
     """
-    directory = run_files.checkpoints_path(config.workdir)
-    planned, done = 0, len(run_files.read_lines(run_files.metrics_path(config.workdir)))
-    for step in run_files.saved_steps(config.workdir):
+    directory = run_files.checkpoints_path(folder)
+    planned, done = 0, len(run_files.read_lines(run_files.metrics_path(folder)))
+    for step in run_files.saved_steps(folder):
         with contextlib.suppress(checkpoints.DamagedError):  # restoring reports it
             saved = CheckpointMetadata.parse(
                 step, checkpoints.read_description(directory, step)["about"]
@@ -129,50 +131,66 @@ def check_epochs(config: Config) -> None:
             done = max(done, len(saved.records))
     if config.epochs < max(planned, done):
         raise UsageError(
-            f"--epochs is {config.epochs}, but the run in {config.workdir} has trained {done} of "
+            f"--epochs is {config.epochs}, but the run in {folder} has trained {done} of "
             f"{max(planned, done)}; its epochs may only grow: leave --epochs out, or give another "
             f"--workdir"
         )
 
 
-def resume(run: RunContext, fresh: LoopState) -> LoopState:
+def restore_newest(
+    config: Config, folder: Path, manager: ocp.CheckpointManager, fresh: LoopState
+) -> LoopState:
     """The state of the newest checkpoint that is intact, or `fresh` where there is none at all.
 
     Newer ones that are damaged are moved out of the way, and that is said.
 
+    Args:
+        config: the flags of the run.
+        folder: the workdir, or the rescue folder.
+        manager: of the checkpoints in that folder.
+        fresh: the state before the first step.
+
     Raises:
         CheckpointError: all checkpoints are damaged, or they are another run's.
     """
-    steps = sorted(run.manager.all_steps(), reverse=True)
+    steps = sorted(manager.all_steps(), reverse=True)
     if not steps:
         return fresh
-    restored, damages = checkpoints.restore_first(run.manager, fresh.tree, steps)
+    restored, damages = checkpoints.restore_first(manager, fresh.tree, steps)
     saved = CheckpointMetadata.parse(restored.step, restored.metadata)
-    if differing := config_diff(run.config, saved.config):
+    if differing := config_diff(config, saved.config):
         raise checkpoints.CheckpointError(
-            f"the checkpoints in {run.manager.directory} are another run's: {'; '.join(differing)}"
+            f"the checkpoints in {manager.directory} are another run's: {'; '.join(differing)}"
         )
     if damages:
         damaged = [step for step in steps if step > restored.step]
-        folder = run_files.quarantine(run.config.workdir, damaged)
-        run.manager.reload()
-        warn(f"moved damaged checkpoints to {folder} ({'; '.join(map(str, damages))})")
+        moved_to = run_files.quarantine(folder, damaged)
+        manager.reload()
+        warn(f"moved damaged checkpoints to {moved_to} ({'; '.join(map(str, damages))})")
+    return _as_loop_state(restored)
+
+
+def restore_step(manager: ocp.CheckpointManager, like: LoopState, step: int) -> LoopState:
+    """Restore the state of a step.
+
+    Raises:
+        DamagedError: the checkpoint is not as it was saved.
+    """
+    return _as_loop_state(checkpoints.restore(manager, like.tree, step))
+
+
+def _as_loop_state(restored: checkpoints.Restored) -> LoopState:
+    saved = CheckpointMetadata.parse(restored.step, restored.metadata)
     return LoopState(
         **restored.tree, records=saved.records, training_seconds=saved.training_seconds
     )
 
 
-def save(run: RunContext, loop_state: LoopState) -> None:
-    """Start to save the state of the loop as a checkpoint.
-
-    Raises:
-        RunFilesError: another run has taken over the workdir.
-        CheckpointError: it can't be saved, or the one before it could not.
-    """
-    run.lock.check()
+def save(manager: ocp.CheckpointManager, config: Config, loop_state: LoopState) -> None:
+    """Start to save the state of the loop as a checkpoint."""
     metadata = CheckpointMetadata(
-        hyperparameters(run.config), loop_state.records, loop_state.training_seconds
+        hyperparameters(config), loop_state.records, loop_state.training_seconds
     )._asdict()
     is_between_epochs = loop_state.images == 0
     metrics = loop_state.records[-1] if is_between_epochs else {}
-    checkpoints.save(run.manager, loop_state.step, loop_state.tree, metadata, metrics)
+    checkpoints.save(manager, loop_state.step, loop_state.tree, metadata, metrics)

@@ -11,11 +11,12 @@ each epoch.
 import os
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from experiments.training_run import run_files
+from experiments.training_run.console import warn
 from lstm_flax import buckets
 
 MAX_EVENT_BYTES = 2**20
@@ -39,8 +40,63 @@ TAGS = {
 """Tags of an epoch's metrics, by name in metrics.jsonl; the part before / is a group."""
 
 
+_SCHEME = "kept"
+"""What tensorboardX opens with `_EventFiles`."""
+
+
+class _EventFiles:
+    """Opens event files for tensorboardX, and keeps the first failure of any of them.
+
+    Its threads would print a traceback and end.
+    """
+
+    def __init__(self):
+        self.failure: Exception | None = None
+
+    def directory_check(self, path: str) -> None:
+        """Do nothing: the folder was made."""
+
+    def open(self, path: str) -> "_EventFile":
+        """Open a new file, by its path after the scheme."""
+        name = path.removeprefix(f"{_SCHEME}:")
+        return _EventFile(self, run_files.open_to_change(Path(name), os.O_CREAT))
+
+
+class _EventFile:
+    """An event file as tensorboardX uses one; after a failure it does nothing."""
+
+    def __init__(self, files: _EventFiles, file: IO[bytes]):
+        self._files, self._file = files, file
+
+    def write(self, data: bytes) -> None:
+        """Write into the buffer."""
+        self._try(lambda: self._file.write(data))
+
+    def flush(self) -> None:
+        """Write the buffer to the disk."""
+        self._try(self._sync)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._try(self._file.close)
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _try(self, action: Callable[[], object]) -> None:
+        if self._files.failure is None:
+            try:
+                action()
+            except OSError as error:
+                self._files.failure = error
+
+
 class MetricWriter:
-    """Writes a run's scalars by step, in a background thread; without a folder, does nothing."""
+    """Writes a run's scalars by step, in a background thread; without a folder, does nothing.
+
+    Where they can't be written any more, `repair` says so, tries again and adds what is missing.
+    """
 
     def __init__(self, folder: Path | None, step: int, records: list[dict[str, Any]]):
         """Open the event files in `folder` and bring them to the state of the run.
@@ -54,6 +110,9 @@ class MetricWriter:
             RunFilesError: the folder can't be written.
         """
         self._folder, self._writer, self._temporary = folder, None, None
+        self._files = _EventFiles()
+        self._upload_failure: Exception | None = None
+        self._is_told = False
         if folder is None:
             return
         self._local = folder
@@ -63,13 +122,20 @@ class MetricWriter:
             with run_files.writing(folder, "read"):
                 for path, _ in buckets.walk(folder):
                     (self._local / path.name).write_bytes(run_files.read_bytes(path))
-        from tensorboardX import SummaryWriter  # few runs need it, and it imports PyTorch if it can
+        self._open(step, records)
 
-        with run_files.writing(folder):
+    def _open(self, step: int, records: list[dict[str, Any]]) -> None:
+        # Few runs need it, and it imports PyTorch if it can.
+        from tensorboardX import SummaryWriter
+        from tensorboardX.record_writer import register_writer_factory
+
+        register_writer_factory(_SCHEME, self._files)
+        with run_files.writing(self._local):
             self._local.mkdir(parents=True, exist_ok=True)
             kept = [event for path in event_files(self._local) for event in cut_after(path, step)]
+            self._files.failure = None
             self._writer = SummaryWriter(
-                str(self._local),
+                f"{_SCHEME}:{self._local}",
                 # A running TensorBoard has read the removed points. This makes it drop them, if it
                 # has seen such a mark before, so the first start writes one too.
                 purge_step=step + 1,
@@ -87,12 +153,52 @@ class MetricWriter:
         return self
 
     def __exit__(self, *exception) -> None:
-        if self._folder and self._writer:
-            with run_files.writing(self._folder):
-                self._writer.close()
-                self._copy()
+        self._upload()
+        self._close()
+        if self._failure and not self._is_told:
+            self._warn("the last points are missing")
         if self._temporary:
             self._temporary.cleanup()
+
+    def repair(
+        self, step: int, records: list[dict[str, Any]], is_back: bool, failure: Exception | None
+    ) -> None:
+        """Write what is missing, if the event files failed or the workdir did.
+
+        Args:
+            step: the step of the run.
+            records: its epochs.
+            is_back: whether the workdir can be written again.
+            failure: why the workdir can't be written, which was told; None if it can.
+        """
+        if self._folder is None or failure or not (is_back or self._failure):
+            return
+        if self._temporary:
+            self._upload()
+        else:
+            self._close()
+            try:
+                self._open(step, records)
+            except run_files.RunFilesError as error:
+                self._files.failure = error
+        if self._failure is None:
+            self._is_told = False
+        elif not self._is_told:
+            self._warn("training goes on and tries again at each save")
+
+    @property
+    def _failure(self) -> Exception | None:
+        return self._files.failure or self._upload_failure
+
+    def _warn(self, consequence: str) -> None:
+        self._is_told = True
+        reason = getattr(self._failure, "strerror", None) or self._failure
+        warn(f"the curves for TensorBoard can't be written ({reason}); {consequence}")
+
+    def _close(self) -> None:
+        if self._writer:
+            self._writer.close()
+            self._writer = None
 
     def write_running_loss(self, step: int, loss: float) -> None:
         """Write the mean training loss over the epoch so far."""
@@ -102,16 +208,19 @@ class MetricWriter:
         """Write an epoch's metrics."""
         values = {tag: record[name] for name, tag in TAGS.items() if name in record}
         self._add(values, record["step"])
-        if self._folder and self._writer:
-            with run_files.writing(self._folder):
-                self._copy()
+        self._upload()
 
-    def _copy(self) -> None:
+    def _upload(self) -> None:
         """Copy the event files to the bucket, if they belong into one."""
-        if self._folder and self._writer and self._folder is not self._local:
-            self._writer.flush()
+        if not (self._folder and self._writer and self._temporary):
+            return
+        self._writer.flush()
+        self._upload_failure = None
+        try:
             for path in event_files(self._local):
                 buckets.write(self._folder / path.name, path.read_bytes())
+        except OSError as error:
+            self._upload_failure = error
 
     def _add(self, values: Mapping[str, float], step: int) -> None:
         if self._writer:

@@ -1,9 +1,11 @@
 """Runs as StableHLO, ONNX and safetensors: what other programs compute with the files."""
 
+import dataclasses
 import hashlib
 import json
 import pickle
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,12 +19,14 @@ import pytest
 from PIL import Image
 from small_runs import read_eval
 
-from experiments.export.__main__ import main
+from experiments.export.__main__ import Options, main
+from experiments.export.card import training_flags
 from experiments.export.reading import ExportError, calls_outside, read_export, seal
 from experiments.export.writing import Format, onnx, pixel_order, safetensors, to_bytes
+from experiments.harness.usage import read_flags
 from experiments.predict.__main__ import main as predict
 from experiments.training_run import from_config
-from experiments.training_run.config import Config
+from experiments.training_run.config import RECIPES, Config, hyperparameters, parse
 from experiments.training_run.restored import RestoredRun, restore_run
 from lstm_flax import data
 
@@ -83,6 +87,44 @@ def test_the_card_says_what_is_in_the_file(exports, reader, format, monkeypatch,
     exec(code, names)
     assert names["logits"].shape == (3, 10)
     assert len(capsys.readouterr().out.split()) >= 3
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_card_says_how_to_make_the_file_again(exports, reader, format):
+    card = (exports / f"digits.{format}.md").read_text()
+    again = card[card.index("## Make it again") :]
+    train, export = re.findall(r"^python -m experiments\.\w+ (.*)", again, re.MULTILINE)
+    config = parse(shlex.split(train))
+    assert hyperparameters(config) == hyperparameters(restore_run(reader).config)
+    options = read_flags(Options, shlex.split(export), name="export")
+    assert options.workdir == config.workdir
+    assert (options.format, options.float32, options.dtype) == (format, False, "float32")
+    assert options.output == Path(f"digits.{format}")
+
+
+def test_the_flags_of_a_card_are_what_differs_from_the_recipe():
+    best = Config(recipe="best", dataset="mnist", **RECIPES["best"])
+    assert training_flags(best) == ["--recipe", "best", "--dataset", "mnist"]
+    other = dataclasses.replace(best, augment=False, seed=3, workdir=Path("/home/me/run"))
+    assert training_flags(other)[4:] == ["--no-augment", "--seed", "3"]
+
+
+def test_weights_may_be_rounded_to_bfloat16(exports, reader, data_dir, images, tmp_path, capsys):
+    out = tmp_path / "digits.safetensors"
+    flags = ["--workdir", str(reader), "--data-dir", str(data_dir), "--dtype", "bfloat16", str(out)]
+    assert main([*flags, "--format", "safetensors"]) == 0
+    assert out.stat().st_size < 0.52 * (exports / out.name).stat().st_size
+    run = restore_run(reader)
+    rounded = jax.tree.map(lambda leaf: jnp.float32(jnp.bfloat16(leaf)), run.params)
+    logits = np.asarray(run.model.apply({"params": rounded}, np.float32(images) / 255))
+    np.testing.assert_allclose(read_export(out).logits(images), logits, atol=1e-5)
+    card = out.with_name(f"{out.name}.md").read_text()
+    correct = read_eval(reader)["correct"]
+    assert f"rounded to bfloat16; in float32 they read {correct:,} of 1,000 test images" in card
+    assert " --format safetensors --dtype bfloat16 digits.safetensors\n" in card
+    capsys.readouterr()
+    assert main([*flags, "--format", "onnx"]) == 2
+    assert capsys.readouterr().err == "error: --dtype bfloat16 is for --format safetensors alone\n"
 
 
 def test_onnx_runtime_computes_the_runs_logits(exports, images, expected):
@@ -174,7 +216,11 @@ def test_a_precision_that_a_format_lacks_is_refused(reader, data_dir, tmp_path, 
         assert error.count("\n") == 1
     assert not out.exists()
     assert main(["--format", "onnx", "--float32", *flags]) == 0
-    assert f"{read_eval(reader)['correct']:,} of " in out.with_name("digits.onnx.md").read_text()
+    card = out.with_name("digits.onnx.md").read_text()
+    assert f"{read_eval(reader)['correct']:,} of " in card
+    assert "seed 0, bfloat16 products" in card
+    assert "--precision bfloat16" in card
+    assert "--format onnx --float32 digits.onnx" in card
     program = jax.export.deserialize(bytearray(to_bytes(restore_run(workdir), "stablehlo")))
     assert "bf16" in program.mlir_module()
     assert program.out_avals[0].dtype == jnp.float32

@@ -1,6 +1,6 @@
 """Draw a digit in the browser and watch a trained run read it, row by row, while you draw.
 
-    python -m experiments.draw --workdir runs/mnist_lstm [--port 8080]
+    python -m experiments.draw [--workdir runs/mnist_lstm] [--port 8080]
 
 Opens a page on this machine. It shows what the model sees, the probabilities after each of the 28
 rows, and the gates and the cell state of every unit. Drawings stay on this machine. To draw on a
@@ -14,10 +14,10 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from experiments.harness.command import command
 from experiments.harness.usage import Folder, UsageError, check_packages, printable, read_flags
+from experiments.pretrained.model import restore_or_pretrained
 from experiments.training_run.restored import RestoredRun, restore_row_reader
 from experiments.training_run.run_files import RunFilesError
 from lstm_flax.checkpoints import CheckpointError
@@ -33,8 +33,8 @@ LOOPBACK = ("127.0.0.1", "localhost")
 class Options:
     """The flags, with their defaults."""
 
-    workdir: Folder = Path("runs/mnist_lstm")
-    """Folder of the trained run."""
+    workdir: Folder | None = None
+    """Folder of the trained run; None is runs/mnist_lstm, or the pretrained model without it."""
     host: str = "127.0.0.1"
     """Address to serve; the default is open to this machine only, 0.0.0.0 to all machines."""
     port: int = 8080
@@ -49,10 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = read_flags(Options, argv, name="draw", description=__doc__)
     check_packages("draw", "nicegui", "ifaddr", "matplotlib")
     port = find_port(options)
-    print(
-        f"restoring {printable(options.workdir)}, and compiling its model for the page", flush=True
-    )
-    trained = restore_row_reader(options.workdir)
+    print("restoring the model, and compiling it for the page", flush=True)
+    trained = restore_or_pretrained(options.workdir, restore_row_reader)
     serve(trained, options.host, port, options.browser)
     return 0
 

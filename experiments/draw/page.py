@@ -11,7 +11,7 @@ from PIL import Image
 
 from experiments.draw.drawing import SIDE, Drawing
 from experiments.harness import plots
-from experiments.predict.calibration import UNSURE, calibrated
+from experiments.predict.calibration import UNSURE, calibrated, temperature_for
 from experiments.predict.digit_image import as_mnist, digits_of
 from experiments.read_digit.figures import CELL_LIMIT, SHOWN
 from experiments.read_digit.reading import answers, gates_by_row, probabilities_by_row, unit_order
@@ -70,9 +70,10 @@ class Watched(NamedTuple):
 def watch(trained: RestoredRun, drawing: Drawing) -> Watched:
     """Read a drawing with a model."""
     image = seen_image(drawing.ink())
+    temperature = temperature_for(trained.config.label_smoothing)
     return Watched(
         image,
-        calibrated(probabilities_by_row(trained.model, trained.params, image)),
+        calibrated(probabilities_by_row(trained.model, trained.params, image), temperature),
         gates_by_row(trained.model, trained.params, image),
     )
 

@@ -24,6 +24,7 @@ from experiments.harness.output_files import replacing
 from experiments.harness.usage import (
     DataPlaces,
     Folder,
+    UsageError,
     check_packages,
     print_status,
     printable,
@@ -53,12 +54,16 @@ class Options(DataPlaces):
     """Where the trained run lives."""
     float32: bool = False
     """Export float32 products, whatever --precision the run has."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights in safetensors; bfloat16 rounds them, and the file is half as large."""
 
 
 @command(CheckpointError, DataError, ExportError, RunFilesError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Export from a command line; returns the exit status."""
     options = read_flags(Options, argv, name="export", description=__doc__)
+    if options.dtype != "float32" and options.format != "safetensors":
+        raise UsageError(f"--dtype {options.dtype} is for --format safetensors alone")
     check_packages("export", *PACKAGES[options.format], what=f"--format {options.format}")
     run(options)
     return 0
@@ -66,14 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(options: Options) -> None:
     """Write the export and its card; nothing, unless the export reads as well as the run."""
-    from experiments.export.card import Score, card
+    from experiments.export.card import Exported, Score, card
     from experiments.export.writing import to_bytes, with_float32
     from experiments.training_run.restored import classify, restore_run
 
-    trained = restore_run(options.workdir)
-    if options.float32:
-        trained = with_float32(trained)
-    content = to_bytes(trained, options.format)
+    original = restore_run(options.workdir)
+    trained = with_float32(original) if options.float32 else original
+    content = to_bytes(trained, options.format, options.dtype)
     with writing(options.output):
         options.output.parent.mkdir(parents=True, exist_ok=True)
     name, dataset = options.output.name, trained.config.dataset
@@ -86,21 +90,27 @@ def run(options: Options) -> None:
         new.write_bytes(content)
         correct = count_correct(read_export(new).logits(test.images), test.labels)
         # The export scans, the run may have used a kernel: in bfloat16 their roundings differ.
-        may_differ = 0 if trained.config.precision == "float32" else len(test.labels) // 1000
+        is_exact = trained.config.precision == options.dtype == "float32"
+        may_differ = 0 if is_exact else len(test.labels) // 1000
         if abs(correct - expected) > may_differ:
             raise ExportError(
                 f"the export reads {correct:,} test images correctly, the run {expected:,}; "
                 f"nothing was written"
             )
-        score = Score(correct, len(test.labels))
-        sha256 = hashlib.sha256(content).hexdigest()
+        file = Exported(
+            name,
+            options.format,
+            options.dtype,
+            trained.config.precision,
+            hashlib.sha256(content).hexdigest(),
+            Score(correct, len(test.labels)),
+            expected,
+        )
         with replacing(page) as new_page:
-            new_page.write_text(
-                card(name, options.format, sha256, trained, score), "utf-8", errors="replace"
-            )
+            new_page.write_text(card(file, original), "utf-8", errors="replace")
     print(f"run      {expected:,} of {len(test.labels):,} test images of {dataset} are read")
-    print(f"export   {score}")
-    print(f"SHA-256  {sha256}")
+    print(f"export   {file.score}")
+    print(f"SHA-256  {file.sha256}")
     print(f"file     {printable(options.output)}, {len(content):,} bytes")
     print(f"card     {printable(page)}")
 

@@ -1,14 +1,16 @@
 """The model card: what a file holds, how well it reads, how to load it."""
 
 import json
+import shlex
 from collections.abc import Callable
 from typing import NamedTuple
 
 from scipy.stats import binomtest
 
-from experiments.export.writing import PLATFORMS, Format
+from experiments.export.writing import PLATFORMS, Dtype, Format
 from experiments.harness.markdown import table
 from experiments.harness.usage import counted, printable
+from experiments.training_run.config import RECIPES, Config, hyperparameters
 from experiments.training_run.from_config import count_parameters
 from experiments.training_run.restored import RestoredRun
 from experiments.training_run.run_files import params_sha256
@@ -30,16 +32,20 @@ class Score(NamedTuple):
         )
 
 
-def card(name: str, format: Format, sha256: str, run: RestoredRun, score: Score) -> str:
-    """Return a page of Markdown about an export of a run.
+class Exported(NamedTuple):
+    """A file of a run, and what was found out about it."""
 
-    Args:
-        name: of the file.
-        format: of the file.
-        sha256: of the file, in hexadecimal.
-        run: what was exported.
-        score: of the file.
-    """
+    name: str
+    format: Format
+    dtype: Dtype  # of its weights
+    precision: str  # of the products that it was tested with
+    sha256: str  # in hexadecimal
+    score: Score
+    run_correct: int  # test images that the run itself reads correctly, with those products
+
+
+def card(file: Exported, run: RestoredRun) -> str:
+    """Return a page of Markdown about an export of a run, as the run was trained."""
     config = run.config
     images = "`images`, uint8 [batch, 28, 28]: one digit each, 0 is paper and 255 is ink"
     facts = {
@@ -61,25 +67,26 @@ def card(name: str, format: Format, sha256: str, run: RestoredRun, score: Score)
             ("takes", f"sequences, float32 [batch, {steps_of(run)}], of ink from 0 to 1"),
             ("gives", "logits, float32 [batch, 10]"),
         ],
-    }[format]
+    }[file.format]
     facts += [
         (
             "model",
             f"{counted(config.num_layers, 'LSTM layer')} of {config.hidden_size} units, "
             f"{count_parameters(config):,} parameters",
         ),
-        ("precision of the products", config.precision),
+        ("precision of the products", file.precision),
+        ("weights", weights(file)),
         ("trained and tested on", config.dataset),
-        ("accuracy of this file", str(score)),
-        ("SHA-256 of this file", f"`{sha256}`"),
-        ("SHA-256 of the parameters", f"`{params_sha256(run.params)}`"),
+        ("accuracy of this file", str(file.score)),
+        ("SHA-256 of this file", f"`{file.sha256}`"),
+        ("SHA-256 of the run's parameters", f"`{params_sha256(run.params)}`"),
         (
             "training",
             f"recipe {config.recipe}, {counted(config.epochs, 'epoch')}, seed {config.seed}, "
-            f"checkpoint of step {run.step:,}",
+            f"{config.precision} products, checkpoint of step {run.step:,}",
         ),
     ]
-    return f"""# {printable(name)}
+    return f"""# {printable(file.name)}
 
 An LSTM that reads a digit {UNITS[config.sequence]}, trained with lstm_flax.
 
@@ -89,19 +96,63 @@ It has learnt from digits that are scaled and centred as in {config.dataset}. `e
 scales and centres pictures so before it reads them:
 
 ```bash
-python -m experiments.predict --model {printable(name)} picture.png
+python -m experiments.predict --model {printable(file.name)} picture.png
 ```
 
 ## Load it
 
 ```bash
-pip install {PACKAGES[format]}
+pip install {PACKAGES[file.format]}
 ```
 
 ```python
-{LOADERS[format](name, run)}
+{LOADERS[file.format](file.name, run)}
 ```
+
+## Make it again
+
+```bash
+python -m experiments.mnist_lstm {shlex.join(training_flags(config))} --workdir runs/again
+python -m experiments.export --workdir runs/again {shlex.join(export_flags(file, config))}
+```
+
+The same machine and versions give the same file; others round differently.
 """
+
+
+def weights(file: Exported) -> str:
+    """Return how a file holds the weights, and what their rounding costs."""
+    if file.dtype == "float32":
+        return "float32"
+    return (
+        f"rounded to {file.dtype}; in float32 they read {file.run_correct:,} of "
+        f"{file.score.total:,} test images correctly"
+    )
+
+
+def training_flags(config: Config) -> list[str]:
+    """Return the flags that train a run like this one: the recipe, and what differs from it."""
+    of_recipe = hyperparameters(Config(recipe=config.recipe, **RECIPES[config.recipe]))
+    flags = ["--recipe", config.recipe]
+    for name, value in hyperparameters(config).items():
+        if value != of_recipe[name]:
+            flag = name.replace("_", "-")
+            match value:
+                case bool():
+                    flags += [f"--{flag}" if value else f"--no-{flag}"]
+                case _:
+                    flags += [f"--{flag}", str(value)]
+    return flags
+
+
+def export_flags(file: Exported, config: Config) -> list[str]:
+    """Return the flags that write a file like this one."""
+    flags = ["--format", file.format]
+    if file.precision != config.precision:
+        flags += ["--float32"]
+    if file.dtype != "float32":
+        flags += ["--dtype", file.dtype]
+    return [*flags, printable(file.name)]
 
 
 UNITS = {

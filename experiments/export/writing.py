@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import jax
@@ -19,12 +20,17 @@ from lstm_flax.models import to_onnx, to_torch
 
 Format = Literal["stablehlo", "onnx", "safetensors"]
 
+Dtype = Literal["float32", "bfloat16"]
+"""What safetensors hold weights in."""
+
 PLATFORMS = ("cpu", "cuda", "tpu")
 """Where a StableHLO file runs."""
 
 
-def to_bytes(run: RestoredRun, format: Format) -> bytes:
+def to_bytes(run: RestoredRun, format: Format, dtype: Dtype = "float32") -> bytes:
     """Return the file of a run in a format; see `stablehlo`, `onnx` and `safetensors`.
+
+    Only `safetensors` has a choice of dtype.
 
     Raises:
         ExportError: the format has no place for the run's precision, or the file would be larger
@@ -41,7 +47,7 @@ def to_bytes(run: RestoredRun, format: Format) -> bytes:
     writers: dict[Format, Callable[[RestoredRun], bytes]] = {
         "stablehlo": stablehlo,
         "onnx": onnx,
-        "safetensors": safetensors,
+        "safetensors": partial(safetensors, dtype=dtype),
     }
     return writers[format](run)
 
@@ -102,15 +108,17 @@ def onnx(run: RestoredRun) -> bytes:
     return both.SerializeToString()
 
 
-def safetensors(run: RestoredRun) -> bytes:
+def safetensors(run: RestoredRun, dtype: Dtype = "float32") -> bytes:
     """Return the weights in PyTorch's names: `rnn.` is an `nn.LSTM`'s, `lin.` an `nn.Linear`'s.
 
-    The metadata say what a time step is, which the weights don't tell.
+    The metadata say what a time step is, which the weights don't tell. bfloat16 rounds each weight
+    to the nearest; what reads the file computes in float32 all the same.
     """
     from safetensors.numpy import save
 
     metadata = {"format": "pt", "sequence": run.config.sequence}
-    return save(to_torch(run.params), metadata=metadata)
+    weights = {name: array.astype(jnp.dtype(dtype)) for name, array in to_torch(run.params).items()}
+    return save(weights, metadata=metadata)
 
 
 def pixel_order(run: RestoredRun) -> np.ndarray:

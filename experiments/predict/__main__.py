@@ -1,7 +1,7 @@
 """Read the digits in picture files with a trained model.
 
-    python -m experiments.predict --workdir runs/mnist_lstm digit.png photos/ [--json]
-    python -m experiments.predict --model digits.onnx digit.png photos/ [--json]
+    python -m experiments.predict digit.png photos/ [--workdir runs/mnist_lstm] [--json]
+    python -m experiments.predict digit.png photos/ --model digits.onnx [--json]
 
 Takes PNG, JPEG, WebP, GIF, BMP and TIFF files, dark on light or light on dark, and folders of them.
 Digits in a row are read as a number. Prints a line a picture: what it shows, the probability, and
@@ -28,7 +28,7 @@ from experiments.harness.command import command
 from experiments.harness.output_files import replacing
 from experiments.harness.usage import Folder, UsageError, printable, read_flags
 from experiments.predict import show
-from experiments.predict.calibration import UNSURE, calibrated
+from experiments.predict.calibration import TEMPERATURE, UNSURE, calibrated, temperature_for
 from experiments.predict.digit_image import ENDINGS, DigitImageError, Picture, read_picture
 from experiments.training_run.console import warn
 from experiments.training_run.run_files import RunFilesError
@@ -43,8 +43,8 @@ class Options:
 
     pictures: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PICTURE")]
     """Picture files, and folders, of which all files are read that are named as pictures."""
-    workdir: Folder = Path("runs/mnist_lstm")
-    """Where the trained run lives."""
+    workdir: Folder | None = None
+    """Where the trained run lives; None is runs/mnist_lstm, or the pretrained model without it."""
     model: Path | None = None
     """An export to read with, instead of a run."""
     json: bool = False
@@ -60,6 +60,7 @@ class Reader(NamedTuple):
 
     classify: Callable[[np.ndarray], np.ndarray]  # uint8 [n, 28, 28] to probabilities [n, classes]
     batch_size: int
+    temperature: float
 
 
 @command(RunFilesError, ExportError)
@@ -74,21 +75,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2 if predict(reader, options) else 0
 
 
-def of_run(workdir: Path) -> Reader:
-    """Return the reader that a run has trained.
+def of_run(workdir: Path | None) -> Reader:
+    """Return the reader that a run has trained; see `restore_or_pretrained`.
 
     Raises:
         RunFilesError: as `restore_run` does.
-        UsageError: no checkpoint can be restored.
+        UsageError: no checkpoint can be restored, or the pretrained model can't be read.
     """
-    from experiments.training_run.restored import classifier, restore_run  # imports Flax
+    from experiments.pretrained.model import restore_or_pretrained  # imports Flax
+    from experiments.training_run.restored import classifier
     from lstm_flax.checkpoints import CheckpointError
 
     try:
-        trained = restore_run(workdir)
+        trained = restore_or_pretrained(workdir)
     except CheckpointError as error:
         raise UsageError(str(error)) from error
-    return Reader(classifier(trained), trained.config.batch_size)
+    temperature = temperature_for(trained.config.label_smoothing)
+    return Reader(classifier(trained), trained.config.batch_size, temperature)
 
 
 def of_export(path: Path) -> Reader:
@@ -98,7 +101,7 @@ def of_export(path: Path) -> Reader:
         ExportError: the file is no export.
     """
     logits = read_export(path).logits
-    return Reader(lambda images: softmax(logits(images), axis=-1), BATCH_SIZE)
+    return Reader(lambda images: softmax(logits(images), axis=-1), BATCH_SIZE, TEMPERATURE)
 
 
 def predict(reader: Reader, options: Options) -> int:
@@ -118,7 +121,9 @@ def predict(reader: Reader, options: Options) -> int:
 
     def answer() -> None:
         images = [digit.image for _, picture in waiting for digit in picture.digits]
-        predictions = iter(calibrated(classify(np.stack(images))) if images else [])
+        predictions = iter(
+            calibrated(classify(np.stack(images)), reader.temperature) if images else []
+        )
         for file, picture in waiting:
             found = [Reading(digit.box, next(predictions)) for digit in picture.digits]
             print(describe(file, width, found), flush=True)

@@ -1,6 +1,6 @@
 """Measure how well pictures of many kinds are read, and whether the probabilities can be trusted.
 
-    python -m experiments.predict.by_kind PICTURES --workdir runs/mnist_lstm
+    python -m experiments.predict.by_kind PICTURES [--workdir runs/mnist_lstm]
 
 PICTURES holds a folder of each kind, whose files are named NUMBER_LABEL.png, with the digits that
 they show from left to right as the label; a blank page has no label. Prints a table by kind, the
@@ -21,14 +21,15 @@ from experiments.harness.command import command
 from experiments.harness.usage import UsageError, read_flags
 from experiments.predict.__main__ import picture_files
 from experiments.predict.calibration import (
-    TEMPERATURE,
     UNSURE,
     calibrated,
     fit_temperature,
     reliability,
+    temperature_for,
 )
 from experiments.predict.digit_image import DigitImageError, read_picture
-from experiments.training_run.restored import classifier, restore_run
+from experiments.pretrained.model import restore_or_pretrained
+from experiments.training_run.restored import RestoredRun, classifier
 from experiments.training_run.run_files import RunFilesError
 from lstm_flax.checkpoints import CheckpointError
 
@@ -42,8 +43,8 @@ class Options:
 
     pictures: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PICTURES")]
     """Folder of folders of pictures, one for each kind."""
-    workdir: Path = Path("runs/mnist_lstm")
-    """Where the trained run lives."""
+    workdir: Path | None = None
+    """Where the trained run lives; None is runs/mnist_lstm, or the pretrained model without it."""
 
 
 class Answer(NamedTuple):
@@ -65,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = read_flags(Options, argv, name="predict.by_kind", description=__doc__)
     if not options.pictures.is_dir():
         raise UsageError(f"{options.pictures} is no folder")
-    answers = read_all(options)
+    trained = restore_or_pretrained(options.workdir)
+    answers = read_all(trained, options.pictures)
     if not answers:
         raise UsageError(f"{options.pictures} has no folders of pictures")
     print(table_by_kind(answers))
@@ -73,17 +75,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if alone:
         probabilities = np.concatenate([answer.probabilities for answer in alone])
         labels = np.array([int(answer.truth) for answer in alone])
-        print("\n" + table_of_reliability(calibrated(probabilities), labels))
+        temperature = temperature_for(trained.config.label_smoothing)
+        print("\n" + table_of_reliability(calibrated(probabilities, temperature), labels))
         best = fit_temperature(probabilities, labels)
-        print(f"\ntemperature {TEMPERATURE}; these pictures' best is {best:.2f}")
+        print(f"\ntemperature {temperature}; these pictures' best is {best:.2f}")
     return 0
 
 
-def read_all(options: Options) -> list[Answer]:
-    """Read all pictures."""
-    classify = classifier(restore_run(options.workdir))
+def read_all(trained: RestoredRun, pictures: Path) -> list[Answer]:
+    """Read all pictures in the folders of a folder."""
+    classify = classifier(trained)
     answers = []
-    for folder in sorted(path for path in options.pictures.iterdir() if path.is_dir()):
+    for folder in sorted(path for path in pictures.iterdir() if path.is_dir()):
         files = picture_files(folder)
         found = [[digit.image for digit in read_picture(file).digits] for file in files]
         images = [image for each in found for image in each]

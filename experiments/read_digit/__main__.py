@@ -1,6 +1,6 @@
 """Watch a trained run read one digit, row by row, and see which digits it gets wrong.
 
-    python -m experiments.read_digit --workdir runs/mnist_lstm [--index 0] [--mistakes 12] [...]
+    python -m experiments.read_digit [--workdir runs/mnist_lstm] [--index 0] [--mistakes 12] [...]
 
 Draws three figures, each with its data beside it as CSV:
 
@@ -25,6 +25,7 @@ from experiments.harness.usage import (
     printable,
     read_flags,
 )
+from experiments.pretrained.model import is_pretrained, restore_or_pretrained
 from experiments.read_digit.reading import (
     find_mistakes,
     gates_by_row,
@@ -32,24 +33,29 @@ from experiments.read_digit.reading import (
     report,
     settled_row,
 )
+from experiments.training_run.console import warn
 from experiments.training_run.restored import RestoredRun, classify, restore_row_reader
 from experiments.training_run.run_files import RunFilesError, figures_path
 from lstm_flax.checkpoints import CheckpointError
 from lstm_flax.data import DataError, Split
+
+PRETRAINED_FIGURES = Path("runs/pretrained")
+"""Folder of the figures about the pretrained model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(DataPlaces):
     """The flags, with their defaults."""
 
-    workdir: Folder = Path("runs/mnist_lstm")
-    """Folder of the trained run, which may still be training."""
+    workdir: Folder | None = None
+    """Folder of the trained run, which may still be training; None is runs/mnist_lstm, or the
+    pretrained model without it."""
     index: int = 0
     """Which test image to read, counted from 0."""
     mistakes: int = 12
     """Number of misread test images to show; 0 shows none."""
     figures: Path | None = None
-    """Folder of the figures; None is the folder figures in the workdir."""
+    """Folder of the figures; None is the folder figures in the workdir, or runs/pretrained."""
 
 
 @command(RunFilesError, CheckpointError, DataError)
@@ -64,27 +70,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(options: Options) -> None:
     """Restore the run, read the digit and find the mistakes; print and draw the results."""
-    trained = restore_row_reader(options.workdir)
-    dataset, splits = read_splits(options, trained.config.dataset, "test")
+    trained = restore_or_pretrained(options.workdir, restore_row_reader)
+    # Who has no run yet may have no MNIST either.
+    asked = "auto" if is_pretrained(trained) else trained.config.dataset
+    dataset, splits = read_splits(options, asked, "test")
+    if is_pretrained(trained) and dataset != trained.config.dataset:
+        warn(f"the pretrained model was trained on the digits of {dataset}; it knows them")
     test = splits["test"]
     if options.index >= len(test.labels):
         raise UsageError(
             f"--index must be less than {len(test.labels)}, the number of test images of "
             f"{dataset}, but is {options.index}"
         )
-    drawn = Figures(options.figures or figures_path(options.workdir))
-    show_reading(trained, test, options.index, drawn)
+    drawn = Figures(options.figures or default_figures(trained))
+    show_reading(trained, dataset, test, options.index, drawn)
     if options.mistakes:
-        show_mistakes(trained, test, options.mistakes, drawn)
+        show_mistakes(trained, dataset, test, options.mistakes, drawn)
     print(f"\n{drawn}")
 
 
-def show_reading(trained: RestoredRun, test: Split, index: int, drawn: Figures) -> None:
+def default_figures(trained: RestoredRun) -> Path:
+    """Return where the figures about a run go: nothing is written beside the pretrained model."""
+    return PRETRAINED_FIGURES if is_pretrained(trained) else figures_path(trained.config.workdir)
+
+
+def show_reading(
+    trained: RestoredRun, dataset: str, test: Split, index: int, drawn: Figures
+) -> None:
     """Print and draw how the run reads a test image."""
     from experiments.read_digit import figures  # needs matplotlib
 
     image, label = test.images[index], int(test.labels[index])
-    title = f"Test image {index} of {trained.config.dataset}, a {label}"
+    title = f"Test image {index} of {dataset}, a {label}"
     probabilities = probabilities_by_row(trained.model, trained.params, image)
     layers = gates_by_row(trained.model, trained.params, image)
     settled = settled_row(probabilities, label)
@@ -94,7 +111,9 @@ def show_reading(trained: RestoredRun, test: Split, index: int, drawn: Figures) 
     figures.draw_gates(image, layers, settled, title, drawn.path("gates.png"))
 
 
-def show_mistakes(trained: RestoredRun, test: Split, at_most: int, drawn: Figures) -> None:
+def show_mistakes(
+    trained: RestoredRun, dataset: str, test: Split, at_most: int, drawn: Figures
+) -> None:
     """Print how many test images the run misreads, and draw the worst."""
     from experiments.read_digit import figures  # needs matplotlib
 
@@ -104,7 +123,7 @@ def show_mistakes(trained: RestoredRun, test: Split, at_most: int, drawn: Figure
     summary = f"{wrong:,} of {len(test.labels):,} test images {are} misread"
     print(f"\n{summary}")
     if mistakes.image.size:
-        title = f"{trained.config.dataset}: {summary}; the most confident mistakes"
+        title = f"{dataset}: {summary}; the most confident mistakes"
         worst = mistakes.first(at_most)
         figures.draw_mistakes(test.images, worst, title, drawn.path("mistakes.png"))
 

@@ -1,0 +1,1 @@
+"""The model that the repository holds: see `model`."""

@@ -55,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config: Config, stop: StopRequests) -> None:
-    """Train or resume a run and evaluate its result, or only evaluate it."""
+    """Train or resume a run and evaluate its result, or only evaluate it, or print a summary."""
+    if config.summary:
+        print(from_config.summary(config))
+        return
     check_epochs(config, config.workdir)
     stop.hint = partial(stop_hint, config)
     with processes.distributed_context(config):
@@ -123,7 +126,18 @@ def describe(run: RunContext, state: TrainState) -> None:
         f"model   {counted(config.num_layers, 'layer')} x {config.hidden_size}, "
         f"{parameters:,} parameters, {config.precision} products"
     )
+    layers = [state.params["core"][f"l{k}"] for k in range(config.num_layers)]
+    for k, layer in enumerate(layers, 1):
+        print_layer(f"layer {k}", layer["kernel_ih"].shape[0], config.hidden_size, layer)
+    head = state.params["head"]
+    print_layer("head", config.hidden_size, len(head["bias"]), head)
     print(f"device  {environment.device_name()}, {from_config.implementation(config)}")
+
+
+def print_layer(name: str, inputs: int, outputs: int, params: Any) -> None:
+    """Print a layer's sizes and its number of parameters."""
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    print(f"{name:7} {inputs} -> {outputs}, {parameters:,} parameters")
 
 
 def train(run: RunContext, fresh: TrainState, saver: Saver, stop: StopRequests) -> None:

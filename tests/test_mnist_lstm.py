@@ -151,8 +151,35 @@ def test_a_time_is_said_in_few_characters(seconds, text):
 def test_one_is_said_as_one(run, tmp_path):
     _, output, _ = run("--workdir", tmp_path, *SMALL, "--epochs", 1)
     assert "model   1 layer x 24" in output
+    assert "\nlayer 1 28 -> 24, 5,088 parameters\nhead    24 -> 10, 250 parameters\n" in output
     assert "trained        1 epoch in " in output
     assert output.index("compiling, ") < output.index("compiled in ")
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_a_summary_is_flaxs_table_and_needs_no_data(columns, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    workdir = tmp_path / "run"
+    places = ["--dataset", "mnist", "--manual-dir", str(tmp_path / "none")]
+    assert mnist_lstm.main(["--summary", "--workdir", str(workdir), *places]) == 0
+    output, error = capsys.readouterr()
+    assert error == ""
+    assert not workdir.exists()
+    lines = output.splitlines()
+    assert max(map(len, lines)) == columns
+    assert "SequenceClassifier Summary" in lines[0]
+    assert lines[-1].strip() == "Total Parameters: 819,722 (3.3 MB)"
+    assert [path for path in re.findall(r"^│ (\S+)", output, re.MULTILINE) if "l" in path] == [
+        "core/l0", "core/l1"
+    ]  # fmt: skip
+    assert not set("\x1b…") & set(output)  # neither colours nor anything cut short
+
+
+def test_a_summary_of_a_run_has_the_runs_sizes(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"hidden_size": 24, "num_layers": 1}')
+    assert mnist_lstm.main(["--summary", "--workdir", str(tmp_path)]) == 0
+    assert "Total Parameters: 5,338 " in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 @pytest.mark.slow

@@ -4,7 +4,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lstm_flax import LSTMCell, LSTMClassifier, LSTMStack, chrono_init
+from lstm_flax import (
+    CellStack,
+    GRUStack,
+    LSTMCell,
+    LSTMClassifier,
+    LSTMStack,
+    RNNStack,
+    chrono_init,
+)
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -162,3 +170,32 @@ def test_bfloat16_products_keep_the_cell_state_in_float32():
     outputs, (h_n, c_n) = model.clone(dtype=jnp.bfloat16).apply(variables, x)
     assert (outputs.dtype, h_n.dtype, c_n.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
     np.testing.assert_allclose(outputs.astype(jnp.float32), exact, atol=0.02)
+
+
+class NamedStack(LSTMStack):
+    """A stack as a user writes one, who does not know of `nn.nowrap`."""
+
+    def make_cell(self, name):
+        return super().make_cell(name)
+
+    def check_attributes(self):
+        super().check_attributes()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        LSTMStack(8, 2, bidirectional=True), GRUStack(8), RNNStack(8), NamedStack(8),
+        LSTMStack(8, peephole=True), CellStack([LSTMCell(8), nn.GRUCell(4)]), LSTMClassifier(8),
+    ],
+    ids=lambda model: type(model).__name__,
+)  # fmt: skip
+def test_flax_tabulates_every_layer(model):
+    x = jnp.ones((2, 3, 4))
+    params = model.init(jax.random.key(0), x)["params"]
+    table = model.tabulate(jax.random.key(0), x, console_kwargs={"width": 240})
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert f"Total Parameters: {total:,} " in table
+    layers = params.get("core", params)
+    prefix = "core/" if "core" in params else ""
+    assert all(f" {prefix}{name} " in table for name in layers)

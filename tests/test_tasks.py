@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import adding, characters, sunspots
+from experiments import adding, characters, sunspots, vowels
 
-TASKS = ("adding", "characters", "sunspots")
+TASKS = ("adding", "characters", "sunspots", "vowels")
 
 
 @pytest.fixture
@@ -18,7 +18,9 @@ def run(capsys):
     def run(task, *flags):
         assert task.main([*map(str, flags)]) == 0
         lines = re.findall(
-            r"^(always 1|5-gram|AR\(9\)|\w+) +([\d.]+)$", capsys.readouterr().out, re.MULTILINE
+            r"^(always 1|5-gram|AR\(9\)|\w+) +([\d.]+)(?: ± [\d.]+)?$",
+            capsys.readouterr().out,
+            re.MULTILINE,
         )
         return {name: float(number) for name, number in lines}
 
@@ -66,6 +68,31 @@ def test_an_autoregression_goes_on_with_a_wave():
     origins = np.array([60, 75])
     expected = np.stack([wave[o : o + sunspots.HORIZON] for o in origins], axis=1)
     np.testing.assert_allclose(sunspots.autoregression(wave, 50, origins), expected, atol=1e-3)
+
+
+def test_speakers_are_told_apart_by_their_vowels(run):
+    pytest.importorskip("sktime")
+    few = run(vowels, "--steps", 1, "--hidden-size", 16, "--seeds", 2)
+    more = run(vowels, "--steps", 100, "--hidden-size", 16, "--seeds", 2)
+    assert few["lstm_flax"] < 50 < 90 < more["lstm_flax"] < 100
+    assert more["logistic"] == few["logistic"] > 95
+
+
+def test_the_split_of_the_vowels_is_the_published_one():
+    pytest.importorskip("sktime")
+    (heard, speakers), (new, answers) = vowels.read("train"), vowels.read("test")
+    assert np.bincount(speakers).tolist() == [30] * 9
+    assert np.bincount(answers).tolist() == [31, 35, 88, 44, 29, 24, 40, 50, 29]
+    assert {u.shape[1] for u in [*heard, *new]} == {12}
+    lengths = [len(u) for u in [*heard, *new]]
+    assert (min(lengths), max(lengths)) == (7, 29)
+
+
+def test_a_standard_deviation_needs_two_seeds(capsys):
+    assert vowels.main(["--seeds", "1"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --seeds must be at least 2, for a standard deviation, but is 1\n"
+    )
 
 
 @pytest.mark.parametrize("flags", [["--steps", "0"], ["--seed", "-1"], ["--seed", str(2**70)]])

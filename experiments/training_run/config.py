@@ -100,6 +100,8 @@ class Config:
     """Evaluate the result's checkpoint on the test set and write eval.json, without training."""
     step: int | None = None
     """With --eval-only: evaluate the checkpoint of this step instead."""
+    summary: bool = False
+    """Print a table of the model's layers, shapes and parameters, and do nothing else."""
 
     @property
     def save_interval(self) -> tuple[int | None, float | None]:
@@ -132,7 +134,7 @@ RECIPES: dict[RecipeName, dict[str, Any]] = {
 _NOT_HYPERPARAMETERS = (
     "workdir", "data_dir", "manual_dir", "checkpoint_every", "rescue_dir", "tensorboard",
     "shard_optimizer", "distributed", "coordinator", "num_processes", "process_id", "eval_only",
-    "step",
+    "step", "summary",
 )  # fmt: skip
 
 

@@ -1,6 +1,8 @@
 """Build what a run's flags describe: model, optimiser, augmentation, images as sequences."""
 
 import math
+import shutil
+import sys
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -103,6 +105,19 @@ def abstract_state(config: Config) -> TrainState:
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), state
     )
+
+
+def summary(config: Config) -> str:
+    """Return flax's table of the model, as wide as the terminal, or 100 columns without one."""
+    width = shutil.get_terminal_size((100, 0)).columns
+    console = {"width": width, "force_terminal": sys.stdout.isatty()}  # no colours in a pipe
+    table = model(config).tabulate(
+        jax.random.key(0),
+        _sample(config),
+        console_kwargs=console,
+        column_kwargs={"overflow": "fold"},  # a shape that was cut would say nothing
+    )
+    return "\n".join(line.rstrip() for line in table.strip("\n").splitlines())
 
 
 def count_parameters(config: Config) -> int:

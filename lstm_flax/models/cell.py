@@ -114,10 +114,15 @@ class RecurrentCell(nn.RNNCellBase, metaclass=ShortHelp):
 
     num_gates: ClassVar[int] = 1
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        nowrap_overridden(cls, RecurrentCell)
+        super().__init_subclass__(**options)
+
     def __post_init__(self) -> None:
         self.check_attributes()
         super().__post_init__()
 
+    @nn.nowrap
     def check_attributes(self) -> None:
         """Check that the attributes are within their bounds.
 
@@ -151,6 +156,7 @@ class RecurrentCell(nn.RNNCellBase, metaclass=ShortHelp):
         """How many axes of x hold features; `flax.linen.RNN` reads this."""
         return 1
 
+    @nn.nowrap
     def initialize_carry(self, rng: Any, input_shape: tuple[int, ...]) -> Any:
         """Return the zero carry for an input of this shape.
 
@@ -160,6 +166,7 @@ class RecurrentCell(nn.RNNCellBase, metaclass=ShortHelp):
         """
         return jnp.zeros((*input_shape[:-1], self.output_size), self.compute_dtype)
 
+    @nn.nowrap
     def hidden(self, carry: Any) -> jax.Array:
         """The hidden state [batch, output_size] within a carry."""
         return carry
@@ -340,6 +347,16 @@ def _append(kept: Any, new: jax.Array) -> Any:
 
 def _replace(kept: Any, new: jax.Array) -> jax.Array:
     return new
+
+
+def nowrap_overridden(cls: type[nn.Module], base: type[nn.Module]) -> None:
+    """Apply `nn.nowrap` to the methods of a new class which override methods that have it.
+
+    A layer calls them outside of any scope too, where `nn.tabulate` refuses to note a call.
+    """
+    for name, method in vars(cls).items():
+        if hasattr(getattr(base, name, None), "nowrap") and callable(method):
+            nn.nowrap(method)
 
 
 def check_activation(name: str, activation: Any) -> None:

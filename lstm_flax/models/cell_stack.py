@@ -75,6 +75,7 @@ class CellStack(nn.Module, metaclass=ShortHelp):
             raise ValueError("reverse is for one direction: bidirectional has both already")
         super().__post_init__()
 
+    @nn.nowrap
     def initialize_carry(self, rng: Any, input_shape: tuple[int, ...]) -> Carries:
         """The carry that the cells start from.
 
@@ -179,6 +180,7 @@ class CellStack(nn.Module, metaclass=ShortHelp):
         before = [jnp.zeros_like(output[:, 0]) for output in outputs] if self.hold_outputs else []
         return sequences.to_caller(x, before, self.reverse), axes.unfold_states(final, layers=0)
 
+    @nn.nowrap
     def _axes(self, shape: Sequence[int]) -> Axes:
         return Axes.of(shape, self.time_major, self.cells[0].num_feature_axes)
 

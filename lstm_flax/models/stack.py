@@ -23,6 +23,7 @@ from lstm_flax.models.cell import (
     RecurrentCell,
     check_carry,
     glorot_uniform,
+    nowrap_overridden,
     orthogonal,
 )
 from lstm_flax.models.forms import Axes, Sequences, check_flags, check_lengths, flip
@@ -67,6 +68,10 @@ class RecurrentStack(nn.Module, Generic[CarryT], metaclass=ShortHelp):
     activation: Activation = jax.lax.tanh
     unroll: int | bool = 1
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        nowrap_overridden(cls, RecurrentStack)
+        super().__init_subclass__(**options)
+
     def __post_init__(self) -> None:
         self.check_attributes()
         # Flax makes copies, each with a parent. Only the caller's own module warns.
@@ -79,6 +84,7 @@ class RecurrentStack(nn.Module, Generic[CarryT], metaclass=ShortHelp):
             )
         super().__post_init__()
 
+    @nn.nowrap
     def check_attributes(self) -> None:
         """Check that the attributes are within their bounds.
 
@@ -97,14 +103,17 @@ class RecurrentStack(nn.Module, Generic[CarryT], metaclass=ShortHelp):
         if self.reverse and self.bidirectional:
             raise ValueError("reverse is for one direction: bidirectional has both already")
 
+    @nn.nowrap
     def make_cell(self, name: str | None) -> RecurrentCell:
         """Make the cell of one layer and direction; without a name, one outside of any module."""
         raise NotImplementedError
 
+    @nn.nowrap
     def zoneout_rates(self) -> Carry:
         """The zoneout rates, shaped as a cell's carry."""
         return self.zoneout
 
+    @nn.nowrap
     def cell_options(self, cell_name: str | None) -> dict[str, Any]:
         """The attributes that the stack hands on to every cell."""
         names = (
@@ -114,6 +123,7 @@ class RecurrentStack(nn.Module, Generic[CarryT], metaclass=ShortHelp):
         place = {"parent": None} if cell_name is None else {"name": cell_name}
         return {name: getattr(self, name) for name in names} | place
 
+    @nn.nowrap
     def initialize_carry(self, rng: Any, input_shape: tuple[int, ...]) -> CarryT:
         """Return the zero carry, in the dtypes that the stack returns.
 
@@ -293,6 +303,7 @@ class RecurrentStack(nn.Module, Generic[CarryT], metaclass=ShortHelp):
             x = jnp.concatenate(outputs, axis=-1) if self.bidirectional else outputs[0]
         return x, final
 
+    @nn.nowrap
     def is_asked_for_gates(self) -> bool:
         """Whether the caller asked to keep the gates: `apply(..., mutable="gates")`."""
         return is_asked_for_gates(self)

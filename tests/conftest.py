@@ -1,5 +1,6 @@
 import atexit
 import os
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -20,6 +21,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest
+from small_runs import command
 
 ORIGINAL_FILES = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 
@@ -71,4 +73,12 @@ def reader(data_dir, tmp_path_factory) -> Path:
     flags = ["--data-dir", data_dir, "--workdir", workdir, "--dataset", "mnist5k", "--epochs", 8]
     flags += ["--hidden-size", 96, "--num-layers", 1, "--batch-size", 50]
     assert mnist_lstm.main([*map(str, flags)]) == 0
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def finished(data_dir, tmp_path_factory) -> Path:
+    """The workdir of a finished run of three epochs, 14 steps each; tests harm a copy of it."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    subprocess.run(command(data_dir, workdir, "--epochs", 3), check=True, capture_output=True)
     return workdir

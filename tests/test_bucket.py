@@ -10,7 +10,14 @@ import threading
 
 import pytest
 from bucket import NAME, bucket
-from small_runs import SMALL, finish, read_eval, read_until, start, without_times
+from small_runs import (
+    SMALL,
+    assert_ended_alike,
+    finish,
+    read_eval,
+    read_until,
+    start,
+)
 from test_tensorboard import curves
 
 from experiments.mnist_lstm import main
@@ -57,8 +64,7 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(served, workdir, on_disk, run, c
     flags = ["--workdir", workdir, *SMALL]
     status, _, error = run(*flags, *FLAGS)
     assert status == 0, error
-    assert read_eval(workdir) == read_eval(on_disk)  # the SHA-256 of the weights included
-    assert without_times(workdir) == without_times(on_disk)
+    assert_ended_alike(workdir, on_disk)
     there = names(served, workdir)
     assert {name for name in there if not name.startswith("checkpoints/")} == {
         "config.json", "environment.jsonl", "eval.json", "metrics.jsonl",
@@ -104,8 +110,7 @@ def test_kills_at_random_moments_change_nothing(served, workdir, on_disk, data_d
         assert process.wait() == -signal.SIGKILL, outputs[-1]
     assert not any("error" in output or "warning" in output for output in outputs), outputs
     finish(data_dir, workdir, *FLAGS)
-    assert read_eval(workdir) == read_eval(on_disk)
-    assert without_times(workdir) == without_times(on_disk)
+    assert_ended_alike(workdir, on_disk)
     there = names(served, workdir)
     steps = {name.split("/")[1] for name in there if name.startswith("checkpoints/")}
     assert all(f"checkpoints/{step}/commit_success.txt" in there for step in steps)
@@ -271,8 +276,7 @@ def test_a_service_that_refuses_for_a_while_does_not_end_a_run(
     assert "Traceback" not in output
     assert f"in {workdir} again" in output
     assert list(tmp_path.iterdir()) == []
-    assert read_eval(workdir) == read_eval(on_disk)
-    assert without_times(workdir) == without_times(on_disk)
+    assert_ended_alike(workdir, on_disk)
 
 
 @pytest.mark.slow

@@ -8,20 +8,12 @@ import subprocess
 
 import orbax.checkpoint as ocp
 import pytest
-from small_runs import SMALL, command, read_eval, start, without_times
+from small_runs import SMALL, assert_ended_alike, command, read_eval, start, without_times
 
 from experiments.predict import __main__ as predict
 from experiments.training_run import lock, run_files
 
 FLAGS = [*SMALL, "--epochs", 3]
-
-
-@pytest.fixture(scope="module")
-def finished(data_dir, tmp_path_factory):
-    """The workdir of a finished run of three epochs, 14 steps each."""
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    subprocess.run(command(data_dir, workdir, "--epochs", 3), check=True, capture_output=True)
-    return workdir
 
 
 @pytest.fixture
@@ -63,8 +55,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_goes_on(run, finished, 
     assert error.startswith(f"warning: moved damaged checkpoints to {workdir}/damaged (step 42: ")
     assert error.count("\n") == 1
     assert "resuming from step 28, in epoch 3" in output
-    assert read_eval(workdir) == read_eval(finished)
-    assert without_times(workdir) == without_times(finished)
+    assert_ended_alike(workdir, finished)
     assert (workdir / "damaged" / "42").is_dir()  # moved, not deleted
 
 

@@ -10,7 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from small_runs import SMALL, finish, read_eval, read_lines, read_until, start, without_times
+from small_runs import (
+    SMALL,
+    assert_ended_alike,
+    finish,
+    read_lines,
+    read_until,
+    start,
+)
 
 from experiments.harness.stopping import Stopped, StopRequests
 
@@ -23,11 +30,6 @@ def uninterrupted(data_dir, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("uninterrupted")
     finish(data_dir, workdir, *FLAGS)
     return workdir
-
-
-def assert_ended_alike(workdir, uninterrupted):
-    assert read_eval(workdir) == read_eval(uninterrupted)  # the SHA-256 of the weights included
-    assert without_times(workdir) == without_times(uninterrupted)
 
 
 @pytest.mark.slow

@@ -187,20 +187,24 @@ def append_metrics(workdir: Path, records: list[dict[str, Any]]) -> None:
 
 def append_environment(workdir: Path, start: dict[str, Any]) -> None:
     """Append a start of training; damaged lines are dropped."""
-    path = environment_path(workdir)
-    with writing(path):
-        if output_files.exists(path):
-            read_bytes(path)  # what can't be read now is not written anew
-    _write_lines(path, [*read_lines(path), start])
+    path, before = environment_path(workdir), b""
+    with writing(path), contextlib.suppress(FileNotFoundError):
+        before = read_bytes(path)  # what can't be read now is not written anew
+    _write_lines(path, [*_parse_lines(before), start])
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the JSON objects in a file, one per line; skips damaged lines; [] without a file."""
-    objects = []
     with contextlib.suppress(OSError):
-        for line in read_bytes(path).splitlines():
-            with contextlib.suppress(ValueError):
-                objects.append(parse_json(line))
+        return _parse_lines(read_bytes(path))
+    return []
+
+
+def _parse_lines(content: bytes) -> list[dict[str, Any]]:
+    objects = []
+    for line in content.splitlines():
+        with contextlib.suppress(ValueError):
+            objects.append(parse_json(line))
     return [entry for entry in objects if isinstance(entry, dict)]
 
 

@@ -18,6 +18,7 @@ def distort(
     max_shear: float = 0.2,
     max_scale: float = 0.12,
     max_shift: float = 2.0,
+    strength: float = 1.0,
     elastic: float = 0.0,
     elastic_radius: float = 4.0,
 ) -> jax.Array:
@@ -30,6 +31,7 @@ def distort(
         max_shear: radians in either direction, less than a right angle.
         max_scale: fraction, less than 1, by which height and width grow or shrink independently.
         max_shift: pixels along each axis, in either direction.
+        strength: factor of the four amounts above.
         elastic: standard deviation, in pixels along each axis, of each point's own displacement
             (Simard, Steinkraus and Platt, "Best Practices for Convolutional Neural Networks",
             2003); 0 does not bend the images.
@@ -39,17 +41,21 @@ def distort(
         ValueError: the images have another rank or dtype, or an amount is out of bounds.
     """
     check_array("images", images, ("batch", "height", "width"), np.floating)
-    _check_less("max_rotation", max_rotation, math.inf)
-    _check_less("max_shear", max_shear, math.pi / 2)
-    _check_less("max_scale", max_scale, 1)
-    _check_less("max_shift", max_shift, math.inf)
+    _check_less("strength", strength, math.inf)
+    for name, amount, bound in (
+        ("max_rotation", max_rotation, math.inf),
+        ("max_shear", max_shear, math.pi / 2),
+        ("max_scale", max_scale, 1),
+        ("max_shift", max_shift, math.inf),
+    ):
+        _check_less(name, amount, bound)
+        _check_less(f"strength * {name}", strength * amount, bound)
     _check_less("elastic", elastic, math.inf)
     radius = "a finite number greater than 0"
     check("elastic_radius", elastic_radius, radius, lambda r: 0 < r < math.inf)
     batch, height, width = images.shape
-    limits = jnp.array(
-        [max_rotation, max_shear, max_scale, max_scale, max_shift, max_shift], images.dtype
-    )
+    amounts = [max_rotation, max_shear, max_scale, max_scale, max_shift, max_shift]
+    limits = jnp.array([strength * amount for amount in amounts], images.dtype)
     drawn = limits * jax.random.uniform(key, (batch, 6), images.dtype, -1, 1)
     rotation, shear, scale_y, scale_x, shift_y, shift_x = drawn.T[..., None, None]
 

@@ -191,12 +191,17 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
 
 
 def onecycle_adamw(
-    peak_learning_rate: float, total_steps: int, *, weight_decay: float, clip_norm: float
+    peak_learning_rate: float,
+    total_steps: int,
+    *,
+    weight_decay: float,
+    clip_norm: float,
+    warmup: float = 0.3,
 ) -> optax.GradientTransformation:
     """Return AdamW with a one-cycle learning rate, which clips gradients by their global norm.
 
-    The rate rises to its peak over the first three tenths of `total_steps`, and falls to almost
-    zero by their end, along cosines (Smith and Topin, "Super-Convergence", 2018).
+    The rate rises to its peak over the first `warmup` of `total_steps`, and falls to almost zero by
+    their end, along cosines (Smith and Topin, "Super-Convergence", 2018).
 
     Args:
         peak_learning_rate: the largest learning rate.
@@ -212,7 +217,8 @@ def onecycle_adamw(
         check(name, value, "a finite number of at least 0", lambda v: 0 <= v < math.inf)
     check_integer("total_steps", total_steps, 1)
     check("clip_norm", clip_norm, "a number greater than 0", lambda v: v > 0)
-    schedule = optax.cosine_onecycle_schedule(total_steps, peak_learning_rate)
+    check("warmup", warmup, "more than 0 and less than 1", lambda v: 0 < v < 1)
+    schedule = optax.cosine_onecycle_schedule(total_steps, peak_learning_rate, warmup)
     return optax.chain(
         optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, weight_decay=weight_decay)
     )

@@ -168,6 +168,7 @@ def test_what_no_state_can_be_made_of(change, message):
         ("total_steps", [0, -5, 10.0, None]),
         ("weight_decay", [-1e-3, float("nan"), float("inf")]),
         ("clip_norm", [0, -1.0, float("nan"), None]),
+        ("warmup", [0, 1, -0.1, float("nan"), "0.3"]),
     ],
 )
 def test_optimisers(name, values):
@@ -191,7 +192,9 @@ def test_the_largest_seed_means_the_same_with_x64():
     np.testing.assert_array_equal(keys, same)
 
 
-@pytest.mark.parametrize("name", ["max_rotation", "max_shear", "max_scale", "max_shift", "elastic"])
+@pytest.mark.parametrize(
+    "name", ["max_rotation", "max_shear", "max_scale", "max_shift", "strength", "elastic"]
+)
 def test_amounts_of_distortion(name):
     images = jnp.zeros((2, 4, 4))
     beyond = {"max_shear": 1.6, "max_scale": 1.0}.get(name, float("inf"))
@@ -201,6 +204,8 @@ def test_amounts_of_distortion(name):
     for value in (0, -4.0, float("nan")):
         with refuses(f"elastic_radius is {value!r}, not a finite number greater than 0"):
             distort(jax.random.key(0), images, elastic_radius=value)
+    with refuses("strength * max_scale is 1.2, not at least 0 and less than 1".replace("*", r"\*")):
+        distort(jax.random.key(0), images, strength=4, max_scale=0.3)
 
 
 def test_images_to_distort_and_to_read():

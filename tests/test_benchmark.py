@@ -1,5 +1,6 @@
 import importlib.util
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,21 @@ from printed import table_rows
 from experiments.benchmark import jax_peers, onnx_peer, peers, torch_peers
 from experiments.benchmark.__main__ import main
 from experiments.benchmark.cases import GROUPS, Case, examples, flops, parse_cases, weights
-from experiments.benchmark.job import Job, job_table, run, write_idx
+from experiments.benchmark.job import (
+    Job,
+    Timing,
+    Way,
+    count_runs,
+    run,
+    start_table,
+    way_table,
+    write_idx,
+)
 from experiments.benchmark.measure import PeerError, check_same, peak_bytes
 from experiments.benchmark.peers import Unavailable
 from experiments.benchmark.report import ratio
 from lstm_flax import LSTMClassifier, from_torch
+from lstm_flax.augment import distort
 
 TINY = Case(batch=4, time=5, features=3, hidden=8, layers=2)
 
@@ -256,24 +267,35 @@ def test_a_whole_job_runs_on_both_sides(data_dir, tmp_path):
     idx.mkdir()
     write_idx(idx, {"train": train, "t10k": test})
     sizes = ("--hidden-size", "8", "--num-layers", "1", "--batch-size", "500")
-    recipe = " ".join(["--epochs 1", *sizes])
-    job = Job("mnist5k", data_dir, idx, tmp_path, 1, 1, recipe, accuracy=0.01, sizes=sizes)
+    ways = (
+        Way("ours", "lstm_flax", ("--epochs", "9")),
+        Way("plain", "torch", ("--epochs", "2")),
+        Way("one cycle", "torch", ("--epochs", "2", "--one-cycle")),
+    )
+    job = Job("mnist5k", data_dir, idx, tmp_path, 1, "--epochs 2", ways, (0.01, 0.02), sizes)
     sides = ["lstm_flax", "torch"] if is_installed("torch") else ["lstm_flax"]
     done = []
     results = run(job, sides, done.append)
 
-    assert list(results) == sides
-    assert len(done) == 2 * len(sides)
-    for side in results.values():
-        (start,) = side["starts"]
+    assert list(results["starts"]) == sides
+    assert list(results["ways"]) == ["ours", "plain", "one cycle"][: 2 * len(sides) - 1]
+    assert len(done) == count_runs(job, sides)
+    for (start,) in results["starts"].values():
         assert 0 < start.ready < start.whole
         assert 0 < start.seconds < start.whole
-        assert side["reached"].epochs == 1
-        assert side["reached"].accuracy >= 0.01
-    rows = table_rows(job_table(results, job))
-    assert rows[1][1] == f"{results['lstm_flax']['starts'][0].ready:.1f}"
+    for timings in results["ways"].values():  # each stops after the epoch that gets there
+        assert [t.accuracy >= 0.02 for t in timings] == [False] * (len(timings) - 1) + [True]
+    rows = table_rows(start_table(results, job))
+    assert rows[1][1] == f"{results['starts']['lstm_flax'][0].ready:.1f}"
     assert rows[2].count("not measured") == 2  # only a second start finds anything compiled
     assert (tmp_path / "compiled").is_dir()
+
+
+def test_when_a_way_reached_an_accuracy():
+    job = Job("mnist", None, Path(), Path(), 1, ways=(), accuracies=(0.9, 0.95))
+    timings = [Timing(1.0, 1, 9.0, 10.0, 0.8), Timing(1.0, 2, 18.0, 20.0, 0.91)]
+    rows = table_rows(way_table({"ways": {"slow": timings}}, job))
+    assert rows[1] == ["slow", "20 (epoch 2)", "not reached", "91.00% after epoch 2, 20"]
 
 
 def test_idx_files_are_read_back(tmp_path):
@@ -285,3 +307,17 @@ def test_idx_files_are_read_back(tmp_path):
     pixels, labels = read_split(tmp_path, "train")
     np.testing.assert_array_equal(pixels * 255, images)
     assert labels.tolist() == [3, 9]
+
+
+def test_the_reference_distorts_as_the_experiment_does(monkeypatch):
+    torch = pytest.importorskip("torch")
+    from experiments.benchmark import torch_reference
+
+    key, images = jax.random.key(3), np.random.default_rng(0).random((5, 28, 28), np.float32)
+    drawn = (np.array(jax.random.uniform(key, (5, 6), minval=-1)) + 1) / 2
+    monkeypatch.setattr(torch, "rand", lambda *shape, device: torch.from_numpy(drawn))
+    np.testing.assert_allclose(
+        torch_reference.distort(torch.from_numpy(images)),
+        distort(key, jnp.asarray(images)),
+        atol=1e-5,
+    )

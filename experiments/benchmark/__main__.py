@@ -60,7 +60,7 @@ class Options:
     memory: bool = True
     """Measure memory too, each time in a fresh process."""
     job: bool = False
-    """Run whole jobs instead: start, one epoch, time to 99% of the test images."""
+    """Run whole jobs instead: start, one epoch, time to 99% and 99.5% of the test images."""
     job_rounds: int = 3
     """With --job: epochs of each side, in turns; only the first one compiles."""
     dataset: DatasetName = "auto"
@@ -69,10 +69,8 @@ class Options:
     """With --job: folder of tfds's datasets; None is tfds's own default."""
     manual_dir: Path | None = None
     """With --job: folder with the four original IDX .gz files, used instead of a download."""
-    recipe: str = ""
-    """With --job: flags of experiments.mnist_lstm on the way to 99%: --recipe="--epochs 5"."""
-    max_epochs: int = 20
-    """With --job: maximum number of epochs of the reference on the way to 99%."""
+    flags: str = ""
+    """With --job: flags of experiments.mnist_lstm on the way to 99%: --flags="--seed 1"."""
     tpu: Literal["v5e", "v6e"] | None = None
     """Compile the layers for this TPU instead, which need not be there; needs libtpu."""
     json: Path | None = None
@@ -153,24 +151,18 @@ def run_job(options: Options) -> None:
         except data.DataError as error:
             raise UsageError(str(error)) from error
         job = jobs.Job(
-            builder.name,
-            options.data_dir,
-            scratch,
-            scratch,
-            options.job_rounds,
-            options.max_epochs,
-            options.recipe,
+            builder.name, options.data_dir, scratch, scratch, options.job_rounds, options.flags
         )
-        runs = len(sides) * (job.rounds + 1)
+        runs = jobs.count_runs(job, sides)
         print_status(f"running {counted(runs, 'job')}")
         with progress_bar(runs, " runs") as advance:
             results = jobs.run(job, sides, advance)
-    print(jobs.job_table(results, job))
+    print(f"{jobs.start_table(results, job)}\n\n{jobs.way_table(results, job)}")
     if not has_torch:
         print("- torch: not installed: pip install torch")
     values = {
-        side: {"starts": [t._asdict() for t in of["starts"]], "reached": of["reached"]._asdict()}
-        for side, of in results.items()
+        kind: {name: [timing._asdict() for timing in timings] for name, timings in of.items()}
+        for kind, of in results.items()
     }
     write_json(options, {"job": values})
 

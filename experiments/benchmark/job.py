@@ -23,6 +23,27 @@ READY = {"lstm_flax": "compiled", "torch": "first step"}
 """By side, how the line begins that ends a start. This project prints it after compiling, right
 before its first step, and the reference after its first step."""
 
+ACCURACIES = (0.99, 0.995)
+"""Fractions of the test images that trainings are timed up to."""
+
+
+class Way(NamedTuple):
+    """A training that goes on until the highest of `ACCURACIES`, or to its end."""
+
+    name: str
+    side: str
+    flags: tuple[str, ...]
+
+
+WAYS = (
+    Way("lstm_flax, `--recipe fast`", "lstm_flax", ("--recipe", "fast")),
+    Way("lstm_flax, `--recipe standard`", "lstm_flax", ("--recipe", "standard")),
+    # What a tutorial does, and what `fast` and `standard` do, written in PyTorch.
+    Way("PyTorch, Adam at 1e-3", "torch", ("--epochs", "15")),
+    Way("PyTorch, 3 epochs as `fast`", "torch", ("--epochs", "3", "--one-cycle")),
+    Way("PyTorch, 10 epochs as `standard`", "torch", ("--epochs", "10", "--one-cycle")),
+)
+
 
 class JobError(Exception):
     """A run ended too early; it has said why on stderr."""
@@ -36,20 +57,20 @@ class Job(NamedTuple):
     idx_folder: Path  # the same images in unpacked IDX files, for the reference
     scratch: Path  # an empty folder
     rounds: int  # of one epoch each
-    max_epochs: int  # of the reference, until the accuracy
-    recipe: str  # further flags of the experiment, until the accuracy
-    accuracy: float = 0.99  # fraction of the test images
+    flags: str = ""  # further ones of the experiment, on each of its ways
+    ways: tuple[Way, ...] = WAYS
+    accuracies: tuple[float, ...] = ACCURACIES
     sizes: tuple[str, ...] = ("--hidden-size", "256", "--num-layers", "2", "--batch-size", "128")
 
 
 class Timing(NamedTuple):
-    """How long a process took."""
+    """How long a process took until the end of an epoch."""
 
     ready: float  # seconds from its start to the line that `READY` describes
-    epochs: int
-    seconds: float  # of training and evaluation alone
-    whole: float  # seconds from its start to the end of its last epoch
-    accuracy: float  # on the test images, after the last epoch
+    epoch: int
+    seconds: float  # of training and evaluation alone, in all epochs until then
+    whole: float  # seconds from its start
+    accuracy: float  # on the test images, after this epoch
 
 
 def write_idx(folder: Path, splits: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
@@ -67,41 +88,55 @@ def write_idx(folder: Path, splits: dict[str, tuple[np.ndarray, np.ndarray]]) ->
 
 
 def run(job: Job, sides: Sequence[str], advance: Callable[[str], Any]) -> dict[str, Any]:
-    """Run all processes of the sides, in turns.
+    """Run all processes: one epoch of each side, in turns, then the ways of these sides.
 
     Args:
         job: what to run.
         sides: "lstm_flax" and, if PyTorch is installed, "torch".
-        advance: called after each process, `job.rounds + 1` times a side, with what it did.
+        advance: called after each process, `count_runs` times, with what it did.
 
     Returns:
-        By side, `starts`, a `Timing` of one epoch for each round, and `reached`, the `Timing` until
-        the accuracy. The first start finds an empty compilation cache, the later ones a full one.
+        `starts`: by side, a `Timing` of one epoch for each round. The first start finds an empty
+        compilation cache, the later ones a full one. `ways`: by name, a `Timing` for each epoch.
     """
-    results: dict[str, Any] = {side: {"starts": []} for side in sides}
+    results: dict[str, Any] = {"starts": {side: [] for side in sides}, "ways": {}}
     for index in range(job.rounds):
         for side in sides:
-            flags = ["--epochs", "1"]
+            flags = [*job.sizes, "--epochs", "1"]
             if side != "torch":
-                flags += ["--learning-rate", "1e-3", "--no-augment", *job.sizes]
-            start = time_run(job, side, f"epoch{index}", flags, "compiled", until=0)
-            results[side]["starts"].append(start)
+                flags += ["--learning-rate", "1e-3", "--no-augment"]
+            (start,) = time_run(job, side, f"epoch{index}", flags, "compiled")
+            results["starts"][side].append(start)
             advance(f"epoch with {side}")
-    for side in sides:
-        flags = shlex.split(job.recipe)
-        if side == "torch":
-            flags = ["--epochs", str(job.max_epochs), "--until", str(job.accuracy)]
+    for number, way in enumerate(ways_of(job, sides)):
+        flags = [*job.sizes, *way.flags]
+        if way.side != "torch":
+            flags += shlex.split(job.flags)
         # With a cache of its own, since this program starts for the first time.
-        cache = f"compiled for {side}'s accuracy"
-        results[side]["reached"] = time_run(job, side, "accuracy", flags, cache, job.accuracy)
-        advance(f"accuracy with {side}")
+        cache = f"compiled for way {number}"
+        results["ways"][way.name] = time_run(
+            job, way.side, f"way{number}", flags, cache, max(job.accuracies)
+        )
+        advance(way.name)
     return results
 
 
+def ways_of(job: Job, sides: Sequence[str]) -> list[Way]:
+    """Return the ways that these sides can take."""
+    return [way for way in job.ways if way.side in sides]
+
+
+def count_runs(job: Job, sides: Sequence[str]) -> int:
+    """Return how many processes `run` runs."""
+    return job.rounds * len(sides) + len(ways_of(job, sides))
+
+
 def time_run(
-    job: Job, side: str, workdir: str, flags: Sequence[str], cache: str, until: float
-) -> Timing:
+    job: Job, side: str, workdir: str, flags: Sequence[str], cache: str, until: float = 1.0
+) -> list[Timing]:
     """Run a side in a process, until an epoch reaches this test accuracy or to the end.
+
+    Returns a timing for each epoch.
 
     Args:
         job: what to run.
@@ -115,7 +150,7 @@ def time_run(
         JobError: it ended before its first epoch did.
     """
     if side == "torch":
-        command = ["experiments.benchmark.torch_reference", str(job.idx_folder), *job.sizes, *flags]
+        command = ["experiments.benchmark.torch_reference", str(job.idx_folder), *flags]
     else:
         command = ["experiments.mnist_lstm", "--workdir", str(job.scratch / workdir), *flags]
         command += ["--dataset", job.dataset]
@@ -125,7 +160,7 @@ def time_run(
         "PYTHONUNBUFFERED": "1",
         "JAX_COMPILATION_CACHE_DIR": str(job.scratch / cache),
     }
-    timing = None
+    timings: list[Timing] = []
     ready = trained = 0.0
     started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -141,47 +176,55 @@ def time_run(
                     record = json.loads(last)
                     trained += record["seconds"]
                     accuracy = record["test_accuracy"]
-                    timing = Timing(ready, record["epoch"], trained, now, accuracy)
+                    timings.append(Timing(ready, record["epoch"], trained, now, accuracy))
                     if accuracy >= until:
                         break
         finally:
             process.kill()  # nobody needs what it would do next
-    if timing is None:
+    if not timings:
         raise JobError(f"it ended before its first epoch did: {shlex.join(command)}")
-    return timing
+    return timings
 
 
-def job_table(results: dict[str, Any], job: Job) -> str:
-    """Return all times in seconds in Markdown: the median, and the range if there are several."""
+def start_table(results: dict[str, Any], job: Job) -> str:
+    """Return the times of one epoch in Markdown: the median, and the range if there are several."""
 
-    def starts(name: str, rounds: slice) -> list[str]:
-        return _cells(
-            results, lambda side: _spread([getattr(t, name) for t in side["starts"][rounds]])
-        )
-
-    def reached(name: str) -> list[str]:
-        def cell(side: dict[str, Any]) -> str:
-            timing: Timing = side["reached"]
-            if timing.accuracy < job.accuracy:
-                return f"not reached by epoch {timing.epochs} ({timing.accuracy:.2%})"
-            return f"{getattr(timing, name):.1f} (epoch {timing.epochs})"
-
-        return _cells(results, cell)
+    def cells(name: str, rounds: slice) -> list[str]:
+        starts = results["starts"]
+        return [
+            _spread([getattr(timing, name) for timing in starts[side][rounds]])
+            if side in starts
+            else "not measured"
+            for side in READY
+        ]
 
     rows = [
-        ["start, nothing compiled before", *starts("ready", slice(1))],
-        ["start, compiled before", *starts("ready", slice(1, None))],
-        ["one epoch and the test set", *starts("seconds", slice(None))],
-        ["start to the end of that epoch", *starts("whole", slice(None))],
-        [f"training and evaluation to {job.accuracy:.1%}", *reached("seconds")],
-        [f"start to {job.accuracy:.1%}", *reached("whole")],
+        ["start, nothing compiled before", *cells("ready", slice(1))],
+        ["start, compiled before", *cells("ready", slice(1, None))],
+        ["one epoch and the test set", *cells("seconds", slice(None))],
+        ["start to the end of that epoch", *cells("whole", slice(None))],
     ]
     ends = ", ".join(f"{side} at its line `{line}`" for side, line in READY.items())
     return f"{table([f'seconds, {job.dataset}', *READY], rows)}\n\n- a start ends for {ends}"
 
 
-def _cells(results: dict[str, Any], cell: Callable[[dict[str, Any]], str]) -> list[str]:
-    return [cell(results[side]) if side in results else "not measured" for side in READY]
+def way_table(results: dict[str, Any], job: Job) -> str:
+    """Return in Markdown when each way reached each accuracy, its start included."""
+
+    def cell(timings: Sequence[Timing], accuracy: float) -> str:
+        for timing in timings:
+            if timing.accuracy >= accuracy:
+                return f"{timing.whole:.0f} (epoch {timing.epoch})"
+        return "not reached"
+
+    rows = [
+        [name]
+        + [cell(timings, accuracy) for accuracy in job.accuracies]
+        + [f"{timings[-1].accuracy:.2%} after epoch {timings[-1].epoch}, {timings[-1].whole:.0f}"]
+        for name, timings in results["ways"].items()
+    ]
+    columns = [f"to {accuracy:.1%}" for accuracy in job.accuracies]
+    return table([f"seconds, {job.dataset}", *columns, "to its end"], rows)
 
 
 def _spread(seconds: Sequence[float]) -> str:

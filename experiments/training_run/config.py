@@ -32,7 +32,7 @@ MAX_WEIGHTS = 10**9
 MAX_FLOAT = sys.float_info.max
 """Largest float; an integer may be larger."""
 
-RecipeName = Literal["standard", "fast", "best"]
+RecipeName = Literal["standard", "fast", "best", "pixels", "permuted"]
 """Names of `RECIPES`."""
 
 
@@ -43,7 +43,8 @@ class Config:
     workdir: Folder = Path("runs/mnist_lstm")
     """Folder of the run, or gs://BUCKET/FOLDER; a run that is already there is resumed."""
     recipe: RecipeName = "standard"
-    """Sets defaults for other flags: 10 epochs, 3, or 20 with more distortion."""
+    """Sets defaults for other flags: 10 epochs, 3, or 20 with more distortion; or one layer of 128
+    units that reads pixel by pixel, in their own order or permuted."""
     dataset: DatasetName = "auto"
     """Dataset to train on; auto is mnist, or mnist5k if mnist can't be downloaded."""
     data_dir: Folder | None = None
@@ -60,6 +61,8 @@ class Config:
     """Images per step, over all devices."""
     learning_rate: float = 4e-3
     """Peak of AdamW's one-cycle learning rate."""
+    warmup: float = 0.3
+    """Fraction of the steps in which the learning rate rises to its peak."""
     weight_decay: float = 1e-2
     """AdamW's decoupled weight decay per step, as a multiple of the learning rate."""
     clip_norm: float = 1.0
@@ -70,6 +73,8 @@ class Config:
     """Share of each label's weight that is spread evenly over all classes."""
     augment: bool = True
     """Rotate, shear, scale and shift the training images at random."""
+    distortion: float = 1.0
+    """With --augment: how far; 0.5 halves the largest angle, change of size and shift."""
     elastic: float = 0.0
     """With --augment: also bend the images; standard deviation of a point's move, in pixels."""
     hidden_size: int = 256
@@ -116,6 +121,11 @@ class Config:
         return int(every) or None, None
 
 
+# With a warm-up of the usual 3 tenths, the first epochs learn next to nothing.
+_PIXEL_BY_PIXEL = {
+    "num_layers": 1, "hidden_size": 128, "epochs": 46, "warmup": 0.05, "distortion": 0.3,
+}  # fmt: skip
+
 RECIPES: dict[RecipeName, dict[str, Any]] = {
     # Of MNIST: 99.52% (one seed) in 10 minutes on 2 CPU cores, in float32.
     "standard": {},
@@ -123,6 +133,20 @@ RECIPES: dict[RecipeName, dict[str, Any]] = {
     "fast": {"epochs": 3},
     # 99.61% (0.03 standard deviation over 5 seeds) in 12 minutes on the same.
     "best": {"epochs": 20, "elastic": 0.5, "label_smoothing": 0.05},
+    # 98.63% (seed 0) in 2 hours on one CPU core, in bfloat16.
+    "pixels": {
+        **_PIXEL_BY_PIXEL,
+        "sequence": "pixels",
+        "learning_rate": 1e-3,
+        "batch_size": 32,
+    },
+    # 93.19% (seed 0) in 2.1 hours on the same.
+    "permuted": {
+        **_PIXEL_BY_PIXEL,
+        "sequence": "permuted",
+        "learning_rate": 2e-3,
+        "batch_size": 64,
+    },
 }
 """The flags of each recipe that differ from the defaults. This measures what a recipe reaches:
 
@@ -256,8 +280,11 @@ def _bounds(config: Config) -> Iterator[tuple[str, bool, str]]:
     yield "hidden_size", weights <= MAX_WEIGHTS, f"less with {config.num_layers} layers"
     for name in ("learning_rate", "clip_norm"):
         yield name, 0 < getattr(config, name) <= MAX_FLOAT, "a positive number"
+    yield "warmup", 0 < config.warmup < 1, "more than 0 and less than 1"
     for name in ("weight_decay", "elastic"):
         yield name, 0 <= getattr(config, name) <= MAX_FLOAT, "at least 0"
+    # At 7.8, an image would be sheared by a right angle.
+    yield "distortion", 0 <= config.distortion <= 5, "at least 0 and at most 5"
     for name in ("label_smoothing", "dropout"):
         yield name, 0 <= getattr(config, name) < 1, "at least 0 and less than 1"
 

@@ -63,6 +63,7 @@ def optimizer(config: Config, num_images: int) -> optax.GradientTransformation:
     tx = training.onecycle_adamw(
         config.learning_rate,
         config.epochs * training.steps_per_epoch(num_images, config.batch_size),
+        warmup=config.warmup,
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
     )
@@ -82,7 +83,9 @@ def to_sequence(config: Config) -> ToSequence:
 
 def augment(config: Config) -> Augment | None:
     """Return the function that distorts training images; None without `--augment`."""
-    return partial(distort, elastic=config.elastic) if config.augment else None
+    if not config.augment:
+        return None
+    return partial(distort, strength=config.distortion, elastic=config.elastic)
 
 
 def train_state(config: Config, num_images: int, key: jax.Array) -> TrainState:

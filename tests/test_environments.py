@@ -217,6 +217,7 @@ IN_A_FILE = {
     "predict": ["--workdir", "FILE/x", "picture.png"],
     "read_digit": ["--workdir", "RUN", "--figures", "FILE/x", "--data-dir", "DATA"],
     "report": ["RUN", "--output", "FILE/x.html", "--data-dir", "DATA"],
+    "trials": ["--workdir", "FILE/x", "--dataset", "mnist5k", "--data-dir", "DATA"],
 }
 """Flags of each command that names a folder, with a file where a folder must be."""
 

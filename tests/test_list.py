@@ -8,7 +8,7 @@ def test_every_experiment_is_listed_with_what_it_does():
     names = {name.removeprefix("experiments.") for name in found}
     assert names == {
         "accuracy", "adding", "benchmark", "characters", "depth", "draw", "export", "gradient_flow",
-        "mnist_lstm", "predict", "read_digit", "report", "scaling", "sunspots", "vowels",
+        "mnist_lstm", "predict", "read_digit", "report", "scaling", "sunspots", "trials", "vowels",
     }  # fmt: skip
 
 

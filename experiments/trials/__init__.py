@@ -1,0 +1,1 @@
+"""Which ideas read more digits than the recipe does."""

@@ -1,0 +1,103 @@
+"""Train a model by an idea, and let it answer held-out images."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.training.train_state import TrainState
+
+from experiments.harness.short_training import EVAL_BATCH_SIZE
+from experiments.training_run import from_config
+from experiments.training_run.config import Config
+from experiments.trials.ideas import Idea, Params, logits_of
+from lstm_flax import sequences, training
+from lstm_flax.training import Batch, Keys
+
+
+class Answers(NamedTuple):
+    """What a trained model says of the held-out images, in their order."""
+
+    is_correct: np.ndarray  # bool [images]
+    loss: np.ndarray  # float32 [images], cross-entropy in nats
+
+
+def config_of(idea: Idea, recipe: Config, seed: int) -> Config:
+    """Return the recipe's flags with those of the idea."""
+    epochs = idea.longer * recipe.epochs
+    return dataclasses.replace(recipe, **{"seed": seed, "epochs": epochs, **idea.flags})
+
+
+def train(idea: Idea, config: Config, data: Batch, teachers: Sequence[Params] = ()) -> Params:
+    """Train from new parameters to the last epoch.
+
+    An epoch has the batches of `lstm_flax.training.train_steps`, but for the last one, which is
+    filled up with the first images of the epoch.
+
+    Args:
+        idea: what to do.
+        config: with which flags.
+        data: the training set, on the device.
+        teachers: params of models whose mean answer takes the place of the labels, if any.
+    """
+    model, keys = from_config.model(config), Keys.from_seed(config.seed)
+    images = len(data["label"])
+    params = from_config.train_state(config, images, keys.init).params
+    state = TrainState.create(
+        apply_fn=model.apply, params=idea.extend(params), tx=idea.optimizer(config, images)
+    )
+    per_epoch = training.steps_per_epoch(images, config.batch_size)
+
+    def step(state, batch, teachers):
+        dropout_key, augment_key = jax.random.split(jax.random.fold_in(keys.noise, state.step))
+        progress = state.step / (config.epochs * per_epoch)
+        pixels = training.to_floats(batch["image"])
+        pixels = idea.augment(config, augment_key, pixels, progress)
+        targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], 10), config.label_smoothing)
+        if teachers:
+            x = sequences.rows(pixels)
+            targets = sum(jax.nn.softmax(logits_of(model, each, x)) for each in teachers)
+            targets /= len(teachers)
+        pixels, targets = idea.mix(jax.random.fold_in(augment_key, 3), pixels, targets)
+
+        def loss(params):
+            return idea.loss(idea, model, params, sequences.rows(pixels), targets, dropout_key)
+
+        return state.apply_gradients(grads=idea.gradient(loss, state.params))
+
+    @jax.jit
+    def train_epoch(state, data, teachers):
+        order = jax.random.permutation(
+            jax.random.fold_in(keys.order, state.step // per_epoch), images
+        )
+        chosen = jnp.resize(order, (per_epoch, config.batch_size))
+
+        def body(state, indices):
+            return step(state, {name: array[indices] for name, array in data.items()}, teachers)
+
+        return jax.lax.fori_loop(0, per_epoch, lambda i, state: body(state, chosen[i]), state)
+
+    state = state.replace(step=jnp.zeros((), jnp.int32))
+    for _ in range(config.epochs):
+        state = train_epoch(state, data, tuple(teachers))
+    return state.params
+
+
+def answer(idea: Idea, config: Config, params: Params, data: Batch) -> Answers:
+    """Answer all images of a dataset, without distortion or dropout."""
+    model = from_config.model(config)
+
+    @jax.jit
+    def answers(params, images, labels):
+        logits = idea.logits(model, params, sequences.rows(training.to_floats(images)))
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return jnp.argmax(logits, -1) == labels, losses
+
+    pieces = [
+        answers(params, *(data[name][at : at + EVAL_BATCH_SIZE] for name in ("image", "label")))
+        for at in range(0, len(data["label"]), EVAL_BATCH_SIZE)
+    ]
+    return Answers(*(np.concatenate(of_all) for of_all in zip(*pieces, strict=True)))

@@ -352,6 +352,7 @@ ELSEWHERE = {
     "export/__main__.py": {"new.write_bytes", "new_page.write_text"},
     "harness/plots.py": {"table.open"},
     "accuracy.py": {"table_file.open"},
+    "trials/__main__.py": {"file.write_bytes"},
 }
 """What opens files that are no run's, or not by their names, by module."""
 

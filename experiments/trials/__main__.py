@@ -40,6 +40,7 @@ from experiments.trials.ideas import IDEAS, Params
 from experiments.trials.learn import Answers, answer, config_of, train
 from lstm_flax import data
 from lstm_flax.data import DataError
+from lstm_flax.files import MIB, read_regular_file
 from lstm_flax.training import Batch, Keys
 
 
@@ -114,7 +115,7 @@ def trained(name: str, seed: int, options: Options, recipe: Config, train_set: B
     path = options.workdir / f"{name}-seed{seed}-{digest}.msgpack"
     fresh = from_config.train_state(config, 1, Keys.from_seed(seed).init).params
     if path.exists():
-        return serialization.from_bytes(idea.extend(fresh), path.read_bytes())
+        return serialization.from_bytes(idea.extend(fresh), read_regular_file(path, 100 * MIB))
     teachers = [
         trained("recipe", of_teacher, options, recipe, train_set)
         for of_teacher in (options.teachers if idea.has_teachers else ())

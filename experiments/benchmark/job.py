@@ -105,7 +105,7 @@ def run(job: Job, sides: Sequence[str], advance: Callable[[str], Any]) -> dict[s
             flags = [*job.sizes, "--epochs", "1"]
             if side != "torch":
                 flags += ["--learning-rate", "1e-3", "--no-augment"]
-            (start,) = time_run(job, side, f"epoch{index}", flags, "compiled")
+            (start,) = time_run(job, side, f"epoch{index}", flags, "compiled", until=0)
             results["starts"][side].append(start)
             advance(f"epoch with {side}")
     for number, way in enumerate(ways_of(job, sides)):
@@ -132,7 +132,7 @@ def count_runs(job: Job, sides: Sequence[str]) -> int:
 
 
 def time_run(
-    job: Job, side: str, workdir: str, flags: Sequence[str], cache: str, until: float = 1.0
+    job: Job, side: str, workdir: str, flags: Sequence[str], cache: str, until: float
 ) -> list[Timing]:
     """Run a side in a process, until an epoch reaches this test accuracy or to the end.
 

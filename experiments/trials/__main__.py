@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ from experiments.harness.short_training import on_device
 from experiments.harness.study import read_splits
 from experiments.harness.usage import (
     DataFlags,
+    DatasetName,
     UsageError,
     check_fills_batch,
     check_numbers,
@@ -34,14 +35,13 @@ from experiments.harness.usage import (
     make_folder,
     read_flags,
 )
-from experiments.training_run import from_config
 from experiments.training_run.config import RECIPES, Config, hyperparameters
 from experiments.trials.ideas import IDEAS, Params
 from experiments.trials.learn import Answers, answer, config_of, train
 from lstm_flax import data
 from lstm_flax.data import DataError
 from lstm_flax.files import MIB, read_regular_file
-from lstm_flax.training import Batch, Keys
+from lstm_flax.training import Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         precision="bfloat16" if options.bfloat16 else "float32",
         **RECIPES["best"] | {"epochs": options.epochs},
     )
-    found: Any = dataset
-    recipe = dataclasses.replace(recipe, dataset=found)
+    recipe = dataclasses.replace(recipe, dataset=cast(DatasetName, dataset))
     check_fills_batch(recipe.batch_size, len(kept.labels))
     train_set, compared = on_device(kept), on_device(held_out)
-    names = [name for name in dict.fromkeys(["recipe", *options.ideas]) if name in IDEAS]
+    names = [*dict.fromkeys(["recipe", *options.ideas])]
     rows, of_recipe = [], None
     for name in tqdm(names, unit=" ideas", disable=None):
         answers = [
@@ -113,9 +112,8 @@ def trained(name: str, seed: int, options: Options, recipe: Config, train_set: B
     told = json.dumps([hyperparameters(config), options.held_out, options.teachers])
     digest = hashlib.sha256(told.encode()).hexdigest()[:8]
     path = options.workdir / f"{name}-seed{seed}-{digest}.msgpack"
-    fresh = from_config.train_state(config, 1, Keys.from_seed(seed).init).params
     if path.exists():
-        return serialization.from_bytes(idea.extend(fresh), read_regular_file(path, 100 * MIB))
+        return serialization.msgpack_restore(read_regular_file(path, 100 * MIB))
     teachers = [
         trained("recipe", of_teacher, options, recipe, train_set)
         for of_teacher in (options.teachers if idea.has_teachers else ())

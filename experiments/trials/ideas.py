@@ -16,15 +16,33 @@ from jax import lax, random
 from experiments.training_run import from_config
 from experiments.training_run.config import Config
 from lstm_flax import training
-from lstm_flax.augment import distort
 from lstm_flax.models import SequenceClassifier
 
 Params = Any
 
 
+class Reading(NamedTuple):
+    """A model that reads a batch."""
+
+    model: SequenceClassifier
+    params: Params
+    x: jax.Array  # [batch, time, features]
+    key: jax.Array | None = None  # of dropout, in training
+
+    @property
+    def mode(self) -> dict[str, Any]:
+        """Arguments of `apply`, for training or not."""
+        return {
+            "deterministic": self.key is None,
+            "rngs": {} if self.key is None else {"dropout": self.key},
+        }
+
+
 def distorted(config: Config, key: jax.Array, images: jax.Array, progress: jax.Array) -> jax.Array:
     """Distort all images, as the recipe does."""
-    return distort(key, images, strength=config.distortion, elastic=config.elastic)
+    augment = from_config.augment(config)
+    assert augment is not None, "the recipe distorts"
+    return augment(key, images)
 
 
 def unmixed(key: jax.Array, images: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -32,25 +50,25 @@ def unmixed(key: jax.Array, images: jax.Array, targets: jax.Array) -> tuple[jax.
     return images, targets
 
 
-def logits_of(
-    model: SequenceClassifier, params: Params, x: jax.Array, key: jax.Array | None = None
-) -> jax.Array:
-    """Return the model's logits; with a key, as in training."""
-    rngs = {} if key is None else {"dropout": key}
-    logits: Any = model.apply({"params": params}, x, deterministic=key is None, rngs=rngs)
+def model_logits(reading: Reading) -> jax.Array:
+    """Return the model's own logits."""
+    logits: Any = reading.model.apply({"params": reading.params}, reading.x, **reading.mode)
     return logits
 
 
-def last_loss(
-    idea: "Idea",
-    model: SequenceClassifier,
-    params: Params,
-    x: jax.Array,
-    targets: jax.Array,
-    key: jax.Array,
-) -> jax.Array:
-    """Return the mean cross-entropy after the last row."""
-    return jnp.mean(optax.softmax_cross_entropy(idea.logits(model, params, x, key), targets))
+def head_logits(params: Params, hidden: jax.Array) -> jax.Array:
+    """Return the logits of hidden states [batch, hidden]."""
+    return hidden @ params["head"]["kernel"] + params["head"]["bias"]
+
+
+def mean_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Return the mean cross-entropy."""
+    return jnp.mean(optax.softmax_cross_entropy(logits, targets))
+
+
+def last_loss(idea: "Idea", reading: Reading, targets: jax.Array) -> jax.Array:
+    """Return the loss after the last row."""
+    return mean_loss(idea.logits(reading), targets)
 
 
 class Idea(NamedTuple):
@@ -61,7 +79,7 @@ class Idea(NamedTuple):
     longer: int = 1  # how many times as many epochs
     augment: Callable[..., jax.Array] = distorted
     mix: Callable[..., tuple[jax.Array, jax.Array]] = unmixed
-    logits: Callable[..., jax.Array] = logits_of
+    logits: Callable[[Reading], jax.Array] = model_logits
     loss: Callable[..., jax.Array] = last_loss
     gradient: Callable[..., Params] = lambda loss, params: jax.grad(loss)(params)
     optimizer: Callable[[Config, int], optax.GradientTransformation] = from_config.optimizer
@@ -144,42 +162,28 @@ def cut_in_time(
 # ---- Model, loss and optimiser.
 
 
-def early_loss(
-    idea: Idea,
-    model: SequenceClassifier,
-    params: Params,
-    x: jax.Array,
-    targets: jax.Array,
-    key: jax.Array,
-) -> jax.Array:
+def early_loss(idea: Idea, reading: Reading, targets: jax.Array) -> jax.Array:
     """Add a tenth of the loss after 20 and 24 rows to that after the last one."""
-    outputs, _ = model.core.apply(
-        {"params": params["core"]}, x, deterministic=False, rngs={"dropout": key}
-    )
+    params = reading.params
+    outputs, _ = reading.model.core.apply({"params": params["core"]}, reading.x, **reading.mode)
+    weights = {20: 0.1, 24: 0.1, 28: 1.0}
     losses = [
-        jnp.mean(optax.softmax_cross_entropy(outputs[:, row - 1] @ kernel + bias, targets))
-        for row in (20, 24, 28)
-        for kernel, bias in [(params["head"]["kernel"], params["head"]["bias"])]
+        weight * mean_loss(head_logits(params, outputs[:, rows - 1]), targets)
+        for rows, weight in weights.items()
     ]
-    return losses[2] + 0.1 * (losses[0] + losses[1])
+    return jnp.sum(jnp.stack(losses))
 
 
-def learned_carry_logits(
-    model: SequenceClassifier, params: Params, x: jax.Array, key: jax.Array | None = None
-) -> jax.Array:
+def learned_carry_logits(reading: Reading) -> jax.Array:
     """Begin each sequence with carries that are parameters."""
-    carry = jax.tree.map(
-        lambda leaf: jnp.broadcast_to(leaf[:, None], (len(leaf), len(x), leaf.shape[-1])),
-        params["carry"],
-    )
-    _, (h_n, _) = model.core.apply(
-        {"params": params["core"]},
-        x,
-        (carry["h"].astype(model.core.dtype), carry["c"]),
-        deterministic=key is None,
-        rngs={} if key is None else {"dropout": key},
-    )
-    return h_n[-1] @ params["head"]["kernel"] + params["head"]["bias"]
+    params, core = reading.params, reading.model.core
+    carry = {
+        name: jnp.broadcast_to(leaf[:, None], (len(leaf), len(reading.x), leaf.shape[-1]))
+        for name, leaf in params["carry"].items()
+    }
+    initial = carry["h"].astype(core.dtype), carry["c"]
+    _, (h_n, _) = core.apply({"params": params["core"]}, reading.x, initial, **reading.mode)
+    return head_logits(params, h_n[-1])
 
 
 def with_carry(params: Params) -> Params:
@@ -198,16 +202,16 @@ def sharpness_aware(loss: Callable[[Params], jax.Array], params: Params) -> Para
 def muon(config: Config, num_images: int) -> optax.GradientTransformation:
     """Return Muon for the matrices and AdamW for the rest, both with the recipe's cycle."""
     steps = config.epochs * training.steps_per_epoch(num_images, config.batch_size)
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.contrib.muon(
-            optax.cosine_onecycle_schedule(steps, 0.01, config.warmup),
-            weight_decay=config.weight_decay,
-            adam_learning_rate=optax.cosine_onecycle_schedule(
-                steps, config.learning_rate, config.warmup
-            ),
-        ),
+
+    def cycle(peak: float) -> optax.Schedule:
+        return optax.cosine_onecycle_schedule(steps, peak, config.warmup)
+
+    tx = optax.contrib.muon(
+        cycle(0.01),
+        weight_decay=config.weight_decay,
+        adam_learning_rate=cycle(config.learning_rate),
     )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
 
 
 IDEAS = {

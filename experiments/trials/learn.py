@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.training.train_state import TrainState
 
 from experiments.harness.short_training import EVAL_BATCH_SIZE
 from experiments.training_run import from_config
 from experiments.training_run.config import Config
-from experiments.trials.ideas import Idea, Params, logits_of
+from experiments.trials.ideas import Idea, Params, Reading, model_logits
 from lstm_flax import sequences, training
 from lstm_flax.training import Batch, Keys
 
@@ -45,10 +44,9 @@ def train(idea: Idea, config: Config, data: Batch, teachers: Sequence[Params] = 
     """
     model, keys = from_config.model(config), Keys.from_seed(config.seed)
     images = len(data["label"])
-    params = from_config.train_state(config, images, keys.init).params
-    state = TrainState.create(
-        apply_fn=model.apply, params=idea.extend(params), tx=idea.optimizer(config, images)
-    )
+    state = from_config.train_state(config, images, keys.init)
+    params, tx = idea.extend(state.params), idea.optimizer(config, images)
+    state = state.replace(params=params, tx=tx, opt_state=tx.init(params))
     per_epoch = training.steps_per_epoch(images, config.batch_size)
 
     def step(state, batch, teachers):
@@ -59,12 +57,13 @@ def train(idea: Idea, config: Config, data: Batch, teachers: Sequence[Params] = 
         targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], 10), config.label_smoothing)
         if teachers:
             x = sequences.rows(pixels)
-            targets = sum(jax.nn.softmax(logits_of(model, each, x)) for each in teachers)
-            targets /= len(teachers)
+            answers = [jax.nn.softmax(model_logits(Reading(model, each, x))) for each in teachers]
+            targets = jnp.mean(jnp.stack(answers), axis=0)
         pixels, targets = idea.mix(jax.random.fold_in(augment_key, 3), pixels, targets)
 
         def loss(params):
-            return idea.loss(idea, model, params, sequences.rows(pixels), targets, dropout_key)
+            reading = Reading(model, params, sequences.rows(pixels), dropout_key)
+            return idea.loss(idea, reading, targets)
 
         return state.apply_gradients(grads=idea.gradient(loss, state.params))
 
@@ -75,12 +74,12 @@ def train(idea: Idea, config: Config, data: Batch, teachers: Sequence[Params] = 
         )
         chosen = jnp.resize(order, (per_epoch, config.batch_size))
 
-        def body(state, indices):
-            return step(state, {name: array[indices] for name, array in data.items()}, teachers)
+        def body(index, state):
+            batch = {name: array[chosen[index]] for name, array in data.items()}
+            return step(state, batch, teachers)
 
-        return jax.lax.fori_loop(0, per_epoch, lambda i, state: body(state, chosen[i]), state)
+        return jax.lax.fori_loop(0, per_epoch, body, state)
 
-    state = state.replace(step=jnp.zeros((), jnp.int32))
     for _ in range(config.epochs):
         state = train_epoch(state, data, tuple(teachers))
     return state.params
@@ -92,7 +91,8 @@ def answer(idea: Idea, config: Config, params: Params, data: Batch) -> Answers:
 
     @jax.jit
     def answers(params, images, labels):
-        logits = idea.logits(model, params, sequences.rows(training.to_floats(images)))
+        x = sequences.rows(training.to_floats(images))
+        logits = idea.logits(Reading(model, params, x))
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.argmax(logits, -1) == labels, losses
 

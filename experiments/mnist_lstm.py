@@ -30,8 +30,8 @@ from experiments.training_run.loop_state import (
     RunContext,
     check_epochs,
 )
-from experiments.training_run.rescue import Saver
 from experiments.training_run.run_files import RunFilesError
+from experiments.training_run.saver import Saver, open_saver
 from lstm_flax import checkpoints, data, training
 from lstm_flax.checkpoints import CheckpointError
 from lstm_flax.data import DataError
@@ -73,7 +73,7 @@ def run(config: Config, stop: StopRequests) -> None:
         if config.eval_only:
             evaluate(run)
             return
-        with rescue.open_saver(config) as saver:
+        with open_saver(config) as saver:
             state = from_config.train_state(config, len(splits["train"].labels), keys.init)
             describe(run, state)
             train(run, state, saver, stop)

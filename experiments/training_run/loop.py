@@ -22,7 +22,7 @@ from experiments.training_run.config import Config
 from experiments.training_run.console import ProgressBar, duration, warn
 from experiments.training_run.loop_state import LoopState, RunContext
 from experiments.training_run.metric_writer import MetricWriter
-from experiments.training_run.rescue import Saver
+from experiments.training_run.saver import Saver
 from lstm_flax import training
 from lstm_flax.training import Metrics
 

@@ -111,6 +111,9 @@ def test_a_person_draws_and_reads_the_answers(open_page):
         # What the model sees, what it believes, and the gates: all are pictures now.
         for image in page.locator("[role=img] img").all():
             expect(image).to_have_attribute("src", re.compile("^data:image/png"))
+        # Belief has 28 rows and 10 columns, and is as high as what the model sees.
+        boxes = [square.bounding_box() for square in page.locator(".square").all()]
+        assert [box["height"] for box in boxes] == pytest.approx([box["width"] for box in boxes])
         page.get_by_role("button", name="Clear").click()
         expect_answer(page, "nothing yet")
         expect(belief).to_have_accessible_name("nothing yet")

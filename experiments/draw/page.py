@@ -42,7 +42,7 @@ h2 {{ font-size: 1.1rem; line-height: 1.2; margin: 0; }}
 p {{ margin: 0; max-width: 40rem; }}
 .panels {{ display: flex; flex-wrap: wrap; gap: 1.5rem; }}
 .panel {{ display: flex; flex-direction: column; gap: .4rem; width: {SIDE}px; }}
-.square {{ width: 100%; aspect-ratio: 1 !important; }}
+.square {{ width: 100%; aspect-ratio: 1 !important; min-height: 0; }}
 .square, .gate {{ background: white; outline: 2px solid #767676; }}
 .paper {{ touch-action: none; cursor: crosshair; }}
 .paper:focus-visible {{ outline: 3px solid #0072b2; }}

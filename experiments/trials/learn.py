@@ -50,6 +50,8 @@ def train(idea: Idea, config: Config, data: Batch, teachers: Sequence[Params] = 
     params, tx = idea.extend(state.params), idea.optimizer(config, images)
     state = state.replace(params=params, tx=tx, opt_state=tx.init(params))
     per_epoch = training.steps_per_epoch(images, config.batch_size)
+    num_teachers = len(teachers)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *teachers) if teachers else None
 
     def step(state, batch, teachers):
         dropout_key, augment_key = jax.random.split(jax.random.fold_in(keys.noise, state.step))
@@ -57,9 +59,9 @@ def train(idea: Idea, config: Config, data: Batch, teachers: Sequence[Params] = 
         pixels = training.to_floats(batch["image"])
         pixels = idea.augment(config, augment_key, pixels, progress)
         targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], 10), config.label_smoothing)
-        if teachers:
-            asked = state.step % len(teachers)
-            teacher = jax.tree.map(lambda *leaves: jnp.stack(leaves)[asked], *teachers)
+        if num_teachers:
+            asked = state.step % num_teachers
+            teacher = jax.tree.map(lambda leaves: leaves[asked], teachers)
             targets = jax.nn.softmax(model_logits(Reading(model, teacher, sequences.rows(pixels))))
         pixels, targets = idea.mix(jax.random.fold_in(augment_key, 3), pixels, targets)
 
@@ -83,7 +85,7 @@ def train(idea: Idea, config: Config, data: Batch, teachers: Sequence[Params] = 
         return jax.lax.fori_loop(0, per_epoch, body, state)
 
     for _ in range(config.epochs):
-        state = train_epoch(state, data, tuple(teachers))
+        state = train_epoch(state, data, stacked)
     return state.params
 
 

@@ -5,6 +5,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -23,29 +24,48 @@ struct Results {
   Array outputs, h_n, c_n, gates, cells, d_gates, d_ih, d_hh, d_bias, d_c_0, d_x;
 };
 
+template <typename N>
+std::vector<typename N::Number> ToNumbers(const Array& array) {
+  std::vector<typename N::Number> numbers(array.size());
+  for (size_t i = 0; i < array.size(); ++i) N::Write(&numbers[i], lstm::Vec{array[i]}, 1);
+  return numbers;
+}
+
+template <typename N>
+Array ToFloats(const std::vector<typename N::Number>& numbers) {
+  Array array(numbers.size());
+  for (size_t i = 0; i < array.size(); ++i) array[i] = N::Read(&numbers[i], 1)[0];
+  return array;
+}
+
 // A layer's values and gradients, from inputs that are always the same.
+template <typename N = lstm::Float32>
 Results Run(lstm::Sizes size, bool reverse) {
+  typedef std::vector<typename N::Number> Numbers;
   const auto [batch, time, features, hidden] = size;
   std::mt19937 generator(0);
-  auto random = [&](int64_t count) {
+  auto random = [&](int64_t count, float scale = 1) {
     Array array(count);
-    for (float& value : array) value = generator() / 2147483648.f - 1;
+    for (float& value : array) value = scale * (generator() / 2147483648.f - 1);
     return array;
   };
-  const Array x = random(batch * time * features), kernel_ih = random(features * 4 * hidden);
-  const Array kernel_hh = random(hidden * 4 * hidden), bias = random(4 * hidden);
-  const Array h_0 = random(batch * hidden), c_0 = random(batch * hidden);
-  const Array d_outputs = random(batch * time * hidden);
+  const float scale = 1 / std::sqrt(1.f * hidden);
+  const Numbers x = ToNumbers<N>(random(batch * time * features));
+  const Array kernel_ih = random(features * 4 * hidden, scale);
+  const Array kernel_hh = random(hidden * 4 * hidden, scale), bias = random(4 * hidden);
+  const Numbers h_0 = ToNumbers<N>(random(batch * hidden));
+  const Array c_0 = random(batch * hidden);
+  const Numbers d_outputs = ToNumbers<N>(random(batch * time * hidden));
   std::vector<int32_t> lengths(batch);
   for (int64_t b = 0; b < batch; ++b) lengths[b] = (b * 5 + 3) % (time + 1);
 
   Results r;
-  for (Array* array : {&r.outputs, &r.cells}) array->resize(batch * time * hidden);
-  for (Array* array : {&r.gates, &r.d_gates}) array->resize(batch * time * 4 * hidden);
-  for (Array* array : {&r.h_n, &r.c_n, &r.d_c_0}) array->resize(batch * hidden);
-  r.d_ih.resize(kernel_ih.size()), r.d_hh.resize(kernel_hh.size());
-  r.d_bias.resize(bias.size()), r.d_x.resize(x.size());
-  const Array zeros(std::max(4 * hidden, features));
+  r.cells.resize(batch * time * hidden), r.gates.resize(batch * time * 4 * hidden);
+  r.c_n.resize(batch * hidden), r.d_c_0.resize(batch * hidden);
+  r.d_ih.resize(kernel_ih.size()), r.d_hh.resize(kernel_hh.size()), r.d_bias.resize(bias.size());
+  Numbers outputs(batch * time * hidden), h_n(batch * hidden);
+  Numbers d_gates(batch * time * 4 * hidden), d_x(x.size());
+  const Numbers zeros(std::max(4 * hidden, features));
   std::vector<std::thread> helpers;
   const lstm::Helpers pool{cores - 1, [&](std::function<void()> task) {
     if (helpers_left-- > 0) helpers.emplace_back(std::move(task));
@@ -54,23 +74,24 @@ Results Run(lstm::Sizes size, bool reverse) {
     ~JoinAll() { for (std::thread& helper : helpers) helper.join(); }
     std::vector<std::thread>& helpers;
   } join_all{helpers};
-  lstm::RunForward<lstm::Float32>(
+  lstm::RunForward<N>(
       pool,
       {size, x.data(), kernel_ih.data(), kernel_hh.data(), bias.data(), h_0.data(), c_0.data(),
-       lengths.data(), reverse, r.outputs.data(), r.h_n.data(), r.c_n.data(), r.gates.data(),
+       lengths.data(), reverse, outputs.data(), h_n.data(), r.c_n.data(), r.gates.data(),
        r.cells.data()});
-  lstm::RunGateGradients<lstm::Float32>(
+  lstm::RunGateGradients<N>(
       pool,
       {size, kernel_hh.data(), c_0.data(), lengths.data(), r.gates.data(), r.cells.data(),
-       d_outputs.data(), h_0.data(), c_0.data(), reverse, r.d_gates.data(), r.d_c_0.data(),
+       d_outputs.data(), h_0.data(), c_0.data(), reverse, d_gates.data(), r.d_c_0.data(),
        zeros.data()});
-  lstm::RunWeightGradients<lstm::Float32>(
+  lstm::RunWeightGradients<N>(
       pool,
-      {size, x.data(), h_0.data(), r.outputs.data(), lengths.data(), r.d_gates.data(), reverse,
+      {size, x.data(), h_0.data(), outputs.data(), lengths.data(), d_gates.data(), reverse,
        r.d_ih.data(), r.d_hh.data(), r.d_bias.data(), zeros.data()});
-  lstm::RunInputGradient<lstm::Float32>(
-      pool,
-      {batch * time, features, 4 * hidden, r.d_gates.data(), kernel_ih.data(), r.d_x.data()});
+  lstm::RunInputGradient<N>(
+      pool, {batch * time, features, 4 * hidden, d_gates.data(), kernel_ih.data(), d_x.data()});
+  r.outputs = ToFloats<N>(outputs), r.h_n = ToFloats<N>(h_n);
+  r.d_gates = ToFloats<N>(d_gates), r.d_x = ToFloats<N>(d_x);
   return r;
 }
 
@@ -103,6 +124,42 @@ void ThreadsComputeAsOneDoes() {
       }
     }
   }
+}
+
+// Sums in another order, of numbers that are rounded to 8 bits.
+bool AreClose(const Array& a, const Array& b) {
+  float error = 0, largest = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    error = std::max(error, std::isfinite(a[i]) ? std::abs(a[i] - b[i]) : INFINITY);
+    largest = std::max(largest, std::abs(b[i]));
+  }
+  return error <= 0.02f * largest;
+}
+
+// With less than a tile of rows, of words and of units, and with several, and a part of one more.
+void TilesComputeAsVectorsDo() {
+#if defined(LSTM_HAS_TILES)
+  if (!lstm::AskForTiles()) return;
+  const lstm::Sizes sizes[] = {{1, 5, 8, 70}, {16, 4, 32, 64}, {17, 4, 34, 66}, {40, 40, 28, 48}};
+  for (const lstm::Sizes& size : sizes) {
+    for (const bool reverse : {false, true}) {
+      cores = 1;
+      const Results found = Run<lstm::TiledBfloat16>(size, reverse);
+      const Results expected = Run<lstm::Bfloat16>(size, reverse);
+      const Array Results::*arrays[] = {
+          &Results::outputs, &Results::h_n, &Results::c_n, &Results::gates,
+          &Results::cells, &Results::d_gates, &Results::d_ih, &Results::d_hh,
+          &Results::d_bias, &Results::d_c_0, &Results::d_x};
+      for (const auto array : arrays) {
+        Expect(AreClose(found.*array, expected.*array), "tiles", size.hidden);
+      }
+      for (const int count : {2, 5}) {
+        cores = count;
+        Expect(Run<lstm::TiledBfloat16>(size, reverse) == found, "threads of tiles", size.hidden);
+      }
+    }
+  }
+#endif
 }
 
 void HelpersThatDoNotComeAreDoneWithout() {
@@ -199,6 +256,7 @@ int main() {
   lstm::worth_a_thread = 1;
   RefusedMemoryIsThrown();  // first: later calls have memory of earlier ones
   ThreadsComputeAsOneDoes();
+  TilesComputeAsVectorsDo();
   HelpersThatDoNotComeAreDoneWithout();
   CallersAtOnceCompute();
 #if !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)  // whose locks know no forks

@@ -1,5 +1,6 @@
 """The native kernel against the scan that it replaces, and when it steps back."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from lstm_flax import GRUStack, LSTMStack
 from lstm_flax.models import native
+from lstm_flax.models.native import build
 
 
 def normal(seed, *shape):
@@ -35,7 +37,8 @@ def assert_close(actual, expected, tolerance=2e-6):
     )
 
 
-# Sizes below, at and beyond the kernel's tiles of 6 rows and 16 units, and its chunks of 128.
+# Sizes below, at and beyond the kernel's tiles of 6 or 16 rows and 16 units, and its chunks of 128
+# or 512.
 @pytest.mark.parametrize(
     ("batch", "time", "features", "hidden"),
     [(1, 1, 1, 1), (3, 5, 7, 5), (6, 4, 28, 16), (13, 11, 9, 37), (40, 28, 28, 64)],
@@ -63,7 +66,7 @@ def test_values_and_gradients_are_the_scans(batch, time, features, hidden, optio
 
 @pytest.mark.parametrize(
     ("batch", "time", "features", "hidden"),
-    [(1, 1, 1, 2), (6, 4, 28, 16), (13, 11, 9, 38)],
+    [(1, 1, 1, 2), (6, 4, 28, 16), (13, 11, 9, 38), (40, 28, 28, 64)],
 )
 def test_in_bfloat16_it_is_as_near_to_float32_as_the_scan(batch, time, features, hidden):
     if reason := native.unavailable(jnp.bfloat16):
@@ -85,6 +88,38 @@ def test_in_bfloat16_it_is_as_near_to_float32_as_the_scan(batch, time, features,
         assert ours.dtype == theirs.dtype
         error, allowed = (np.abs(a.astype(np.float32) - expected).max() for a in (ours, theirs))
         assert error <= 1.5 * allowed + 0.004 * np.abs(expected).max()  # bfloat16 has 8 bits
+
+
+WITHOUT_TILES = """
+import ctypes, json
+class Stack(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+memory = ctypes.create_string_buffer(2048)
+small = Stack(ctypes.addressof(memory), 0, len(memory))
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(small), None) == 0
+
+import jax, jax.numpy as jnp, numpy as np
+from lstm_flax import LSTMStack
+from lstm_flax.models.native import build
+found = build.load()
+x = jax.random.normal(jax.random.key(1), (20, 6, 4))
+stack = LSTMStack(8, dtype=jnp.bfloat16, implementation="native")
+outputs, _ = stack.apply(stack.init(jax.random.key(0), x), x)
+print(json.dumps([found, np.float32(outputs).tolist()]))
+"""
+
+
+def test_where_the_system_refuses_tiles_it_multiplies_bfloat16_by_vectors():
+    """Linux refuses them to a thread whose stack for signals has no room for them."""
+    if build.TILES not in build.load():
+        pytest.skip("this processor has no tiles, or the system refuses them")
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TILES], capture_output=True, check=True)
+    found, outputs = json.loads(done.stdout)
+    assert found == ["float32", "bfloat16"]
+    x = normal(1, 20, 6, 4)
+    stack = LSTMStack(8, dtype=jnp.bfloat16, implementation="native")
+    expected, _ = stack.apply(stack.init(jax.random.key(0), x), x)
+    assert_close(np.array(outputs), np.float32(expected), 0.01)
 
 
 @pytest.mark.parametrize(

@@ -225,6 +225,7 @@ IDEAS = {
     "cut-in-time": Idea("first rows of another image, in a fifth", mix=cut_in_time),
     "smoothing": Idea("label smoothing 0.1 instead of 0.05", {"label_smoothing": 0.1}),
     "dropout": Idea("dropout 0.2 and 3 times as many epochs", {"dropout": 0.2}, longer=3),
+    "gamma-dropout": Idea("both `gamma` and `dropout`", {"dropout": 0.2}, longer=3, augment=gamma),
     "longer": Idea("3 times as many epochs, without dropout", longer=3),
     "early": Idea("a loss after 20 and 24 rows too", loss=early_loss),
     "carry": Idea("learned initial carries", logits=learned_carry_logits, extend=with_carry),

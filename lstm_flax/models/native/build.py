@@ -34,10 +34,12 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread", "
 MORE_FLAGS = "LSTM_FLAX_CXXFLAGS"  # an environment variable, for sanitizers say
 COMPILE_SECONDS = 300  # of which it needs a few
 
-# Names of the kernel's parts, by the dtype of the products; in C++ they are `lstm_{part}_{dtype}`.
+# Names of the kernel's parts, by the dtype of the products. In C++ they are `lstm_{part}_{dtype}`;
+# `lstm_{part}_bfloat16_tiles` takes the place of `lstm_{part}_bfloat16`.
 PARTS = ("forward", "gate_gradients", "weight_gradients", "input_gradient")
 TARGET = "lstm_flax_{part}_{dtype}"
 DTYPES = ("float32", "bfloat16")
+TILES = "tiles"  # of bfloat16, where the processor multiplies whole ones and the system lets us
 
 
 def unavailable(dtype: DTypeLike) -> str | None:
@@ -56,7 +58,10 @@ def unavailable(dtype: DTypeLike) -> str | None:
 
 @functools.cache
 def load() -> str | tuple[str, ...]:
-    """Register what the kernel has with XLA: the dtypes of the products, or why it has none."""
+    """Register what the kernel has with XLA: the dtypes of the products, or why it has none.
+
+    TILES stands beside them if the products of bfloat16 are those of whole tiles.
+    """
     with _LOADING:
         return _load()
 
@@ -71,12 +76,14 @@ def _load() -> str | tuple[str, ...]:
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         return " ".join(str(error).split())
     found = tuple(dtype for dtype in DTYPES if hasattr(library, f"lstm_forward_{dtype}"))
+    has_tiles = hasattr(library, "lstm_ask_for_tiles") and library.lstm_ask_for_tiles()
     for dtype in found:
+        name = f"{dtype}_{TILES}" if has_tiles and dtype == "bfloat16" else dtype
         for part in PARTS:
-            function = jax.ffi.pycapsule(getattr(library, f"lstm_{part}_{dtype}"))
+            function = jax.ffi.pycapsule(getattr(library, f"lstm_{part}_{name}"))
             target = TARGET.format(part=part, dtype=dtype)
             jax.ffi.register_ffi_target(target, function, platform="cpu")
-    return found
+    return (*found, TILES) if has_tiles else found
 
 
 def _library() -> ctypes.CDLL:

@@ -16,6 +16,7 @@
 
 #include "shapes.h"
 #include "threads.h"
+#include "tiles.h"
 #include "vectors.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -37,16 +38,39 @@ const float* AsWords(const Number* numbers) {
   return reinterpret_cast<const float*>(numbers);
 }
 
-// Calls Tile<N, rows>(arguments) with a constant number of rows.
+// Calls Tile<N, rows>(arguments) with a constant number of rows. Where N's products always are of
+// whole tiles, the function must leave out rows that there are not: see CountRows.
 #define CALL_TILE(Tile, rows, ...)                               \
-  switch (rows) {                                                \
-    case 1: Tile<N, 1>(__VA_ARGS__); break;                      \
-    case 2: Tile<N, 2>(__VA_ARGS__); break;                      \
-    case 3: Tile<N, 3>(__VA_ARGS__); break;                      \
-    case 4: Tile<N, 4>(__VA_ARGS__); break;                      \
-    case 5: Tile<N, 5>(__VA_ARGS__); break;                      \
-    default: Tile<N, kTileRows>(__VA_ARGS__);                    \
+  if constexpr (N::kIsTiled) {                                   \
+    Tile<N, N::kTileRows>(__VA_ARGS__);                          \
+  } else {                                                       \
+    switch (rows) {                                              \
+      case 1: Tile<N, 1>(__VA_ARGS__); break;                    \
+      case 2: Tile<N, 2>(__VA_ARGS__); break;                    \
+      case 3: Tile<N, 3>(__VA_ARGS__); break;                    \
+      case 4: Tile<N, 4>(__VA_ARGS__); break;                    \
+      case 5: Tile<N, 5>(__VA_ARGS__); break;                    \
+      default: Tile<N, N::kTileRows>(__VA_ARGS__);               \
+    }                                                            \
   }
+
+// How many rows a tile of kRows has where so many are left: a constant, but for whole tiles.
+template <typename N, int kRows>
+constexpr int CountRows(int64_t left) {
+  return N::kIsTiled ? static_cast<int>(std::min<int64_t>(kRows, left)) : kRows;
+}
+
+// Words of a panel for so many that are multiplied: as many as N's products take at once.
+template <typename N>
+int64_t WholeWords(int64_t words) {
+  return (words + N::kWordsAtOnce - 1) / N::kWordsAtOnce * N::kWordsAtOnce;
+}
+
+// Fills up a panel's words, so that what is multiplied by those that there are not adds nothing.
+template <typename N>
+void FillWords(float* panel, int64_t words) {
+  std::fill(panel + words * kColumns, panel + WholeWords<N>(words) * kColumns, 0.f);
+}
 
 // The state that a row has before a step, forward as in the gradients.
 template <typename Arrays>
@@ -63,12 +87,13 @@ const auto* StateBefore(const Arrays& a, int64_t b, int64_t t) {
 // threads share the panels and have the same rows.
 //
 // pack(panel, to) writes panel_size floats; tile(step, panel, packed, rows) computes.
-template <typename Pack, typename Tile>
+template <typename N, typename Pack, typename Tile>
 void RunSteps(const Helpers& helpers, int64_t batch, int64_t time, int64_t panels,
               int64_t panel_size, const Pack& pack, const Tile& tile) {
-  constexpr int64_t kCacheFloats = 1 << 17, kWorthReading = 8 * kTileRows;
+  constexpr int64_t kTileRows = N::kTileRows, kWorthReading = 48;
+  constexpr int64_t kCacheFloats = 1 << 17;
   constexpr double kWorthMeeting = 1 << 16;  // multiplications of a thread at a step
-  constexpr int64_t kBlock = 16 * kTileRows;  // rows that stay in the cache from panel to panel
+  constexpr int64_t kBlock = 96;  // rows that stay in the cache from panel to panel
   if (batch == 0 || time == 0 || panels == 0) return;
   const double multiplications = 1. * batch * time * panels * panel_size;
   int threads = CountThreads(helpers, multiplications);
@@ -102,6 +127,7 @@ void RunSteps(const Helpers& helpers, int64_t batch, int64_t time, int64_t panel
     steps.push_back(std::make_unique<Steps>(time, shared_parts, sharing));
   }
   Parallel(helpers, threads, [&](int thread) {
+    const typename N::Processor ready;
     packing.Run(thread, [&](int64_t, int64_t part) {
       const Span mine = Part(panels, 1, parts, part);
       for (int64_t p = mine.begin; p < mine.end; ++p) pack(p, packed.data() + p * panel_size);
@@ -140,7 +166,8 @@ struct ForwardArrays {
 // A panel: the bias, then for each word of features and of hidden units 4 gates of kLanes units.
 template <typename N>
 int64_t ForwardPanelSize(const Sizes& size) {
-  return (1 + size.features / N::kPerWord + size.hidden / N::kPerWord) * kColumns;
+  return (1 + WholeWords<N>(size.features / N::kPerWord) +
+          WholeWords<N>(size.hidden / N::kPerWord)) * kColumns;
 }
 
 template <typename N>
@@ -158,6 +185,8 @@ void PackForward(const ForwardArrays<N>& a, int64_t panel, float* to) {
         Store(to, N::Join(Load(first, count), Load(second, count)));
       }
     }
+    const int64_t words = rows / N::kPerWord, filled = WholeWords<N>(words) - words;
+    to = std::fill_n(to, filled * kColumns, 0.f);
   };
   pack(a.kernel_ih, a.size.features);
   pack(a.kernel_hh, hidden);
@@ -168,16 +197,17 @@ void PackForward(const ForwardArrays<N>& a, int64_t panel, float* to) {
 template <typename N, int kRows>
 void InputTile(const ForwardArrays<N>& a, int64_t row, int64_t panel, const float* packed) {
   const auto [batch, time, features, hidden] = a.size;
+  const int rows = CountRows<N, kRows>(batch * time - row);
   const float* inputs[kRows];
-  for (int r = 0; r < kRows; ++r) inputs[r] = AsWords(a.x + (row + r) * features);
+  for (int r = 0; r < rows; ++r) inputs[r] = AsWords(a.x + (row + r) * features);
   Vec acc[kRows][4];
   for (int v = 0; v < 4; ++v) {
-    for (int r = 0; r < kRows; ++r) acc[r][v] = Load(packed + v * kLanes);
+    for (int r = 0; r < rows; ++r) acc[r][v] = Load(packed + v * kLanes);
   }
-  Multiply<N, kRows>(acc, inputs, packed + kColumns, features / N::kPerWord);
+  Multiply<N, kRows>(acc, inputs, rows, packed + kColumns, features / N::kPerWord);
   const int64_t unit = panel * kLanes;
   const int count = CountLanes(hidden, unit);
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < rows; ++r) {
     float* sums = a.sums + (row + r) * 4 * hidden + unit;
     for (int gate = 0; gate < 4; ++gate) Store(sums + gate * hidden, acc[r][gate], count);
   }
@@ -213,9 +243,10 @@ template <typename N, int kRows>
 void ForwardTile(const ForwardArrays<N>& a, int64_t row, int64_t t, int64_t panel,
                  const float* packed) {
   const auto [batch, time, features, hidden] = a.size;
+  const int rows = CountRows<N, kRows>(batch - row);
   const float *inputs[kRows], *states[kRows];
   bool any = false;
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < rows; ++r) {
     any |= t < a.lengths[row + r];
     inputs[r] = AsWords(a.x + ((row + r) * time + t) * features);
     states[r] = AsWords(StateBefore(a, row + r, t));
@@ -225,17 +256,18 @@ void ForwardTile(const ForwardArrays<N>& a, int64_t row, int64_t t, int64_t pane
   Vec acc[kRows][4];
   if (any) {
     for (int v = 0; v < 4; ++v) {
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < rows; ++r) {
         const int64_t step = (row + r) * time + t;
         acc[r][v] = a.sums ? Load(a.sums + (step * 4 + v) * hidden + unit, count)
                            : Load(packed + v * kLanes);
       }
     }
     const int64_t words = features / N::kPerWord;
-    if (!a.sums) Multiply<N, kRows>(acc, inputs, packed + kColumns, words);
-    Multiply<N, kRows>(acc, states, packed + (1 + words) * kColumns, hidden / N::kPerWord);
+    if (!a.sums) Multiply<N, kRows>(acc, inputs, rows, packed + kColumns, words);
+    Multiply<N, kRows>(acc, states, rows, packed + (1 + WholeWords<N>(words)) * kColumns,
+                       hidden / N::kPerWord);
   }
-  for (int r = 0; r < kRows; ++r) FinishStep(a, row + r, t, unit, acc[r]);
+  for (int r = 0; r < rows; ++r) FinishStep(a, row + r, t, unit, acc[r]);
 }
 
 template <typename N>
@@ -243,6 +275,7 @@ void RunForward(const Helpers& helpers, ForwardArrays<N> a) {
   const int64_t batch = a.size.batch, time = a.size.time, hidden = a.size.hidden;
   std::copy_n(a.h_0, batch * hidden, a.h_n);
   std::copy_n(a.c_0, batch * hidden, a.c_n);
+  constexpr int64_t kTileRows = N::kTileRows;
   const bool ahead = batch < kTileRows;
   Scratch sums(ahead && !a.gates ? batch * time * 4 * hidden : 0);
   if (ahead) a.sums = a.gates ? a.gates : sums.data();
@@ -254,12 +287,12 @@ void RunForward(const Helpers& helpers, ForwardArrays<N> a) {
   };
   auto tile = [&](int64_t step, int64_t panel, const float* packed, Span rows) {
     const int64_t t = a.reverse ? time - 1 - step : step;
-    for (int64_t row = rows.begin; row < rows.end; row += kTileRows) {
+    for (int64_t row = rows.begin; row < rows.end; row += N::kTileRows) {
       CALL_TILE(ForwardTile, rows.end - row, a, row, t, panel, packed);
     }
   };
-  RunSteps(helpers, batch, time, (hidden + kLanes - 1) / kLanes, ForwardPanelSize<N>(a.size), pack,
-           tile);
+  RunSteps<N>(helpers, batch, time, (hidden + kLanes - 1) / kLanes, ForwardPanelSize<N>(a.size),
+              pack, tile);
 }
 
 // ---- Backward.
@@ -298,15 +331,17 @@ void PackTransposed(const float* kernel, int64_t rows, int64_t columns, int64_t 
       }
     }
   }
+  FillWords<N>(to, words);
 }
 
 template <typename N, int kRows>
 void GateGradientTile(const GateGradientArrays<N>& a, int64_t row, int64_t t, int64_t panel,
                   const float* packed) {
   const auto [batch, time, features, hidden] = a.size;
+  const int rows = CountRows<N, kRows>(batch - row);
   const float* later[kRows];
   bool any = false;
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < rows; ++r) {
     const int64_t b = row + r, length = a.lengths[b];
     const bool is_last = a.reverse ? t == 0 : t + 1 >= length;
     any |= !is_last && t < length;
@@ -314,8 +349,8 @@ void GateGradientTile(const GateGradientArrays<N>& a, int64_t row, int64_t t, in
                                : a.d_gates + (b * time + t + (a.reverse ? -1 : 1)) * 4 * hidden);
   }
   Vec acc[kRows][4] = {};
-  if (any) Multiply<N, kRows>(acc, later, packed, 4 * hidden / N::kPerWord);
-  for (int r = 0; r < kRows; ++r) {
+  if (any) Multiply<N, kRows>(acc, later, rows, packed, 4 * hidden / N::kPerWord);
+  for (int r = 0; r < rows; ++r) {
     const int64_t b = row + r, length = a.lengths[b], step = b * time + t;
     const bool is_last = a.reverse ? t == 0 : t + 1 >= length;
     const bool is_first = a.reverse ? t + 1 >= length : t == 0;
@@ -357,12 +392,12 @@ void RunGateGradients(const Helpers& helpers, const GateGradientArrays<N>& a) {
   };
   auto tile = [&](int64_t step, int64_t panel, const float* packed, Span rows) {
     const int64_t t = a.reverse ? step : time - 1 - step;
-    for (int64_t row = rows.begin; row < rows.end; row += kTileRows) {
+    for (int64_t row = rows.begin; row < rows.end; row += N::kTileRows) {
       CALL_TILE(GateGradientTile, rows.end - row, a, row, t, panel, packed);
     }
   };
-  RunSteps(helpers, batch, time, (hidden + kColumns - 1) / kColumns,
-           4 * hidden / N::kPerWord * kColumns, pack, tile);
+  RunSteps<N>(helpers, batch, time, (hidden + kColumns - 1) / kColumns,
+              WholeWords<N>(4 * hidden / N::kPerWord) * kColumns, pack, tile);
 }
 
 template <typename N>
@@ -377,11 +412,12 @@ struct InputGradientArrays {
 template <typename N, int kRows>
 void InputGradientTile(const InputGradientArrays<N>& a, int64_t row, int64_t panel,
                        const float* packed) {
+  const int rows = CountRows<N, kRows>(a.rows - row);
   const float* d_gates[kRows];
-  for (int r = 0; r < kRows; ++r) d_gates[r] = AsWords(a.d_gates + (row + r) * a.gates);
+  for (int r = 0; r < rows; ++r) d_gates[r] = AsWords(a.d_gates + (row + r) * a.gates);
   Vec acc[kRows][4] = {};
-  Multiply<N, kRows>(acc, d_gates, packed, a.gates / N::kPerWord);
-  for (int r = 0; r < kRows; ++r) {
+  Multiply<N, kRows>(acc, d_gates, rows, packed, a.gates / N::kPerWord);
+  for (int r = 0; r < rows; ++r) {
     for (int v = 0; v < 4; ++v) {
       const int64_t feature = panel * kColumns + v * kLanes;
       if (feature >= a.features) break;
@@ -397,26 +433,42 @@ void RunInputGradient(const Helpers& helpers, const InputGradientArrays<N>& a) {
     PackTransposed<N>(a.kernel_ih, a.features, a.gates, panel, packed);
   };
   auto tile = [&](int64_t, int64_t panel, const float* packed, Span rows) {
-    for (int64_t row = rows.begin; row < rows.end; row += kTileRows) {
+    for (int64_t row = rows.begin; row < rows.end; row += N::kTileRows) {
       CALL_TILE(InputGradientTile, rows.end - row, a, row, panel, packed);
     }
   };
-  RunSteps(helpers, a.rows, 1, (a.features + kColumns - 1) / kColumns,
-           a.gates / N::kPerWord * kColumns, pack, tile);
+  RunSteps<N>(helpers, a.rows, 1, (a.features + kColumns - 1) / kColumns,
+              WholeWords<N>(a.gates / N::kPerWord) * kColumns, pack, tile);
 }
 
-// Rows of the batch and time whose part in the weights' gradient is added at once.
-constexpr int64_t kChunk = 128;
+// How the inputs and states lie that are multiplied by the gates' gradients: in tiles of kTileRows
+// columns, in each of which are the words of a chunk of rows of batch and time, added up at once. A
+// word has the numbers of as many rows.
+template <typename N>
+struct InTiles {
+  static constexpr int64_t kChunk = N::kIsTiled ? 512 : 128;
+  static constexpr int64_t kWords = kChunk / N::kPerWord, kTileSize = kWords * N::kTileRows;
+  // From a word to the next one, and from a column to the next one.
+  static constexpr int64_t kWordStride = N::kIsTiled ? 1 : N::kTileRows;
+  static constexpr int64_t kColumnStride = N::kIsTiled ? kWords : 1;
+};
 
-// to[r][column] += sum over so many words of words[word][r] * packed[word][column]. A word has the
-// numbers of as many rows of batch and time.
+// to[r][column] += sum over so many words of in_tile[word][r] * packed[word][column], for so many
+// rows and columns.
 template <typename N, int kRows>
-void GradientTile(const float* words, const float* packed, int64_t number, float* to,
-                  int64_t stride, int64_t columns) {
+void GradientTile(const float* in_tile, const float* packed, int64_t number, float* to,
+                  int64_t stride, int64_t left, int64_t columns) {
+  const int rows = CountRows<N, kRows>(left);
   Vec acc[kRows][4] = {};
-  const auto word = [&](int r, int64_t i) { return words[i * kTileRows + r]; };
-  MultiplyWords<N, kRows>(acc, word, packed, number);
-  for (int r = 0; r < kRows; ++r) {
+  if constexpr (N::kIsTiled) {
+    const float* of_columns[kRows];
+    for (int r = 0; r < kRows; ++r) of_columns[r] = in_tile + r * InTiles<N>::kColumnStride;
+    Multiply<N, kRows>(acc, of_columns, kRows, packed, number);
+  } else {
+    const auto word = [&](int r, int64_t i) { return in_tile[i * N::kTileRows + r]; };
+    MultiplyWords<N, kRows>(acc, word, packed, number);
+  }
+  for (int r = 0; r < rows; ++r) {
     for (int v = 0; v * kLanes < columns; ++v) {
       const int count = std::min<int64_t>(kLanes, columns - v * kLanes);
       float* sum = to + r * stride + v * kLanes;
@@ -443,6 +495,7 @@ void PackGradients(const typename N::Number* from, int64_t rows, int64_t gates, 
     float* total = d_bias + v * kLanes;
     if (count > 0) Store(total, Load(total, count) + sum, count);
   }
+  FillWords<N>(packed, (rows + N::kPerWord - 1) / N::kPerWord);
 }
 
 template <typename N>
@@ -457,15 +510,16 @@ struct WeightGradientArrays {
   const Number* zeros;  // as many as there are features or units
 };
 
-// Lays so many numbers of one row, or of two that share words, into tiles of kTileRows columns:
-// tile by tile, word by word, so that a product finds them side by side. `to` is this word's place
-// in the first tile, `joined` has room for a row.
+// Lays so many numbers of one row, or of two that share words, into tiles, so that a product finds
+// them side by side. `to` is this word's place in the first tile, `joined` has room for a row.
 template <typename N>
 void PackRow(const typename N::Number* first, const typename N::Number* second, int64_t count,
              float* joined, float* to) {
   const float* words = N::JoinRows(first, second, count, joined);
-  for (int64_t k = 0; k < count; k += kTileRows, to += kChunk * kTileRows) {
-    for (int64_t r = 0; r < std::min<int64_t>(kTileRows, count - k); ++r) to[r] = words[k + r];
+  for (int64_t k = 0; k < count; k += N::kTileRows, to += InTiles<N>::kTileSize) {
+    for (int64_t r = 0; r < std::min<int64_t>(N::kTileRows, count - k); ++r) {
+      to[r * InTiles<N>::kColumnStride] = words[k + r];
+    }
   }
 }
 
@@ -477,9 +531,10 @@ void RunWeightGradients(const Helpers& helpers, const WeightGradientArrays<N>& a
   const int64_t time = a.size.time, features = a.size.features, hidden = a.size.hidden;
   const int64_t total = a.size.batch * time;
   const int64_t gates = 4 * hidden, panels = (gates + kColumns - 1) / kColumns;
+  constexpr int64_t kTileRows = N::kTileRows, kChunk = InTiles<N>::kChunk;
+  constexpr int64_t kTileSize = InTiles<N>::kTileSize, kWordStride = InTiles<N>::kWordStride;
   const int64_t input_tiles = (features + kTileRows - 1) / kTileRows;
   const int64_t tiles = input_tiles + (hidden + kTileRows - 1) / kTileRows;
-  constexpr int64_t kTileSize = kChunk * kTileRows;
   std::fill_n(a.d_kernel_ih, features * gates, 0.f);
   std::fill_n(a.d_kernel_hh, hidden * gates, 0.f);
   std::fill_n(a.d_bias, gates, 0.f);
@@ -492,7 +547,8 @@ void RunWeightGradients(const Helpers& helpers, const WeightGradientArrays<N>& a
   Scratch in_tiles(tiles * kTileSize);
   Steps steps(2 * ((total + kChunk - 1) / kChunk), parts, threads);
   Parallel(helpers, threads, [&](int thread) {
-    Scratch packed(kChunk * kColumns), joined(std::max(features, hidden));
+    const typename N::Processor ready;
+    Scratch packed(InTiles<N>::kWords * kColumns), joined(std::max(features, hidden));
     steps.Run(thread, [&](int64_t step, int64_t part) {
       const int64_t begin = step / 2 * kChunk, rows = std::min(kChunk, total - begin);
       const int64_t words = (rows + N::kPerWord - 1) / N::kPerWord;
@@ -501,7 +557,7 @@ void RunWeightGradients(const Helpers& helpers, const WeightGradientArrays<N>& a
         const Span hs = Part(hidden, kTileRows, parts, part);
         float* to_x = in_tiles.data() + xs.begin / kTileRows * kTileSize;
         float* to_h = in_tiles.data() + (input_tiles + hs.begin / kTileRows) * kTileSize;
-        for (int64_t i = 0; i < words; ++i, to_x += kTileRows, to_h += kTileRows) {
+        for (int64_t i = 0; i < words; ++i, to_x += kWordStride, to_h += kWordStride) {
           const int64_t row = begin + i * N::kPerWord, other = row + N::kPerWord - 1;
           const bool is_whole = other < begin + rows;
           PackRow<N>(input(row) + xs.begin, (is_whole ? input(other) : a.zeros) + xs.begin,
@@ -521,11 +577,11 @@ void RunWeightGradients(const Helpers& helpers, const WeightGradientArrays<N>& a
         const float* tile = in_tiles.data();
         for (int64_t k = 0; k < features; k += kTileRows, tile += kTileSize) {
           CALL_TILE(GradientTile, features - k, tile, packed.data(), words,
-                    a.d_kernel_ih + k * gates + column, gates, columns);
+                    a.d_kernel_ih + k * gates + column, gates, features - k, columns);
         }
         for (int64_t k = 0; k < hidden; k += kTileRows, tile += kTileSize) {
           CALL_TILE(GradientTile, hidden - k, tile, packed.data(), words,
-                    a.d_kernel_hh + k * gates + column, gates, columns);
+                    a.d_kernel_hh + k * gates + column, gates, hidden - k, columns);
         }
       }
     });
@@ -731,4 +787,13 @@ DEFINE_FORWARD(lstm_forward_bfloat16, lstm::Bfloat16);
 DEFINE_GATE_GRADIENTS(lstm_gate_gradients_bfloat16, lstm::Bfloat16);
 DEFINE_WEIGHT_GRADIENTS(lstm_weight_gradients_bfloat16, lstm::Bfloat16);
 DEFINE_INPUT_GRADIENT(lstm_input_gradient_bfloat16, lstm::Bfloat16);
+#endif
+#if defined(LSTM_HAS_TILES)
+DEFINE_FORWARD(lstm_forward_bfloat16_tiles, lstm::TiledBfloat16);
+DEFINE_GATE_GRADIENTS(lstm_gate_gradients_bfloat16_tiles, lstm::TiledBfloat16);
+DEFINE_WEIGHT_GRADIENTS(lstm_weight_gradients_bfloat16_tiles, lstm::TiledBfloat16);
+DEFINE_INPUT_GRADIENT(lstm_input_gradient_bfloat16_tiles, lstm::TiledBfloat16);
+
+// Whether this process may use what is named `_tiles`; it must be asked first.
+extern "C" int lstm_ask_for_tiles() { return lstm::AskForTiles(); }
 #endif

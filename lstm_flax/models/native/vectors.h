@@ -21,8 +21,8 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
-// A tile has up to kTileRows rows and kColumns columns, and so has a panel of packed weights.
-constexpr int kTileRows = 6, kColumns = 4 * kLanes;
+// A tile has kColumns columns, and so has a panel of packed weights.
+constexpr int kColumns = 4 * kLanes;
 
 // How many of a tile's four vectors of columns to add up at once. Beside their sums, the registers
 // must hold as many vectors of weights and a word of a row: those that are read from memory again
@@ -124,7 +124,16 @@ inline Vec Tanh(Vec x) {
 // ---- Numbers. Products take them a word of 32 bits at a time, which holds kPerWord of them; rows
 // must be whole words.
 
-struct Float32 {
+// Of products by vectors: a tile has up to kTileRows rows, and any number of words is multiplied.
+struct ByVectors {
+  static constexpr bool kIsTiled = false;
+  static constexpr int kTileRows = 6, kWordsAtOnce = 1;
+  struct Processor {  // what a thread needs while it multiplies
+    Processor() {}
+  };
+};
+
+struct Float32 : ByVectors {
   typedef float Number;
   static constexpr int kPerWord = 1;
 
@@ -143,7 +152,7 @@ struct Float32 {
 #if defined(__AVX512BF16__)
 #define LSTM_HAS_BFLOAT16 1
 
-struct Bfloat16 {
+struct Bfloat16 : ByVectors {
   typedef uint16_t Number;
   static constexpr int kPerWord = 2;
 
@@ -207,14 +216,18 @@ inline __attribute__((always_inline)) void MultiplyWords(Vec (&sums)[kRows][4], 
   }
 }
 
-// The same for rows that lie in memory word by word.
+// The same for so many rows that lie in memory word by word.
 template <typename N, int kRows>
 inline __attribute__((always_inline)) void Multiply(Vec (&sums)[kRows][4],
-                                                    const float* const* rows,
+                                                    const float* const* rows, int count,
                                                     const float* panel, int64_t words) {
-  const float* a[kRows];
-  std::copy_n(rows, kRows, a);
-  MultiplyWords<N, kRows>(sums, [&](int r, int64_t k) { return a[r][k]; }, panel, words);
+  if constexpr (N::kIsTiled) {
+    N::MultiplyTile(sums, rows, count, panel, words);
+  } else {
+    const float* a[kRows];
+    std::copy_n(rows, kRows, a);
+    MultiplyWords<N, kRows>(sums, [&](int r, int64_t k) { return a[r][k]; }, panel, words);
+  }
 }
 
 }  // namespace lstm

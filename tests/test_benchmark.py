@@ -172,6 +172,20 @@ def test_keras_computes_the_same_from_the_same_weights(monkeypatch):
     np.testing.assert_allclose(logits, jax_peers.build_ours(TINY, "infer")(), atol=1e-6)
 
 
+def test_in_bfloat16_all_compute_the_same_to_its_eight_bits(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    pytest.importorskip("keras")
+    pytest.importorskip("torch")
+    case = TINY._replace(bfloat16=1)
+    exact = jax_peers.build_ours(TINY, "infer")()
+    jax_builders = [jax_peers.build_ours, jax_peers.build_linen_rnn, jax_peers.build_keras]
+    for build in (*jax_builders, torch_peers.build_torch):
+        rounded = np.float32(build(case, "infer")())
+        assert 0 < np.abs(rounded - exact).max() < 0.01
+    with pytest.raises(Unavailable, match="no bfloat16"):
+        onnx_peer.build_onnx(case, "infer")
+
+
 def test_onnx_runtime_computes_the_same_and_says_what_it_can_not():
     pytest.importorskip("onnxruntime")
     logits = onnx_peer.build_onnx(TINY, "infer")()

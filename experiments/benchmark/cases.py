@@ -18,12 +18,14 @@ class Case(NamedTuple):
     layers: int = 2
     mapped: int = 0  # 1: `jax.vmap` over the examples, each a batch of one
     busy: int = 0  # other processes that compute at the same time
+    bfloat16: int = 0  # 1: products in bfloat16, sums and parameters in float32
 
     @property
     def name(self) -> str:
         """The case in words, for tables."""
         steps = "1 step" if self.time == 1 else f"{self.time} steps"
         name = f"{self.layers} x {self.hidden}, batch {self.batch}, {steps} of {self.features}"
+        name += ", bfloat16" * bool(self.bfloat16)
         return name + ", vmap" * bool(self.mapped) + f", {self.busy} busy" * bool(self.busy)
 
 
@@ -54,6 +56,11 @@ GROUPS = {
     ],
     "vmap": [Case(batch=256, hidden=64), Case(batch=256, hidden=64, mapped=1)],
     "busy": [Case(batch=3, time=20, hidden=64, busy=2), Case(batch=6, busy=2)],
+    "bfloat16": [
+        case._replace(bfloat16=1)
+        for case in (Case(batch=1), Case(batch=16), CENTRE, Case(batch=1024), Case(hidden=64))
+    ]
+    + [Case(hidden=1024, layers=1, bfloat16=1)],
     # Everything that a machine with a few GB computes in a second or so.
     "grid": [
         Case(b, t, hidden=h, layers=k) for h, b, t, k in _ALL if b * t * h * (h + 256) * k < 2**34

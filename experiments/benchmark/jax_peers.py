@@ -11,7 +11,7 @@ import optax
 from jax.experimental import rnn
 
 from experiments.benchmark.cases import CLASSES, Case, examples, weights
-from experiments.benchmark.peers import LEARNING_RATE, Call, Framework
+from experiments.benchmark.peers import LEARNING_RATE, Call, Framework, Unavailable
 from lstm_flax import LSTMClassifier, from_torch
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -71,14 +71,16 @@ def _call(apply: Callable[[Any, Any], Any], params: Any, case: Case, mode: str) 
 
 def build_ours(case: Case, mode: str, **options: Any) -> Call:
     """Build `LSTMClassifier`; `options` may hold its `implementation`."""
-    model = LSTMClassifier(case.hidden, case.layers, precision=HIGHEST, **options)
+    options |= {"dtype": jax.numpy.bfloat16} if case.bfloat16 else {"precision": HIGHEST}
+    model = LSTMClassifier(case.hidden, case.layers, **options)
     params = from_torch(weights(case))
     return _call(lambda params, x: model.apply({"params": params}, x), params, case, mode)
 
 
 def build_linen_rnn(case: Case, mode: str) -> Call:
     """Build one `flax.linen.RNN` a layer, over `OptimizedLSTMCell`."""
-    layers = [nn.RNN(nn.OptimizedLSTMCell(case.hidden)) for _ in range(case.layers)]
+    dtype = jax.numpy.bfloat16 if case.bfloat16 else None
+    layers = [nn.RNN(nn.OptimizedLSTMCell(case.hidden, dtype=dtype)) for _ in range(case.layers)]
     model = nn.Sequential([*layers, lambda outputs: outputs[:, -1], nn.Dense(CLASSES)])
     ours = from_torch(weights(case))
     params: dict[str, Any] = {f"layers_{case.layers + 1}": ours["head"]}
@@ -94,6 +96,7 @@ def build_keras(case: Case, mode: str) -> Call:
     """Build one `keras.layers.LSTM` a layer, on Keras's JAX backend."""
     import keras  # takes seconds, and only this peer needs it
 
+    keras.config.set_dtype_policy("mixed_bfloat16" if case.bfloat16 else "float32")
     lstms = [
         keras.layers.LSTM(case.hidden, return_sequences=k < case.layers - 1)
         for k in range(case.layers)
@@ -118,6 +121,8 @@ def pack_for_cudnn(state_dict: dict[str, np.ndarray]) -> np.ndarray:
 
 def build_jax_cudnn(case: Case, mode: str) -> Call:
     """Build `jax.experimental.rnn`, whose only implementation is cuDNN's."""
+    if case.bfloat16:
+        raise Unavailable("jax.experimental.rnn multiplies in float32")
     zeros = np.zeros((case.layers, case.batch, case.hidden), np.float32)
     lengths = np.full(case.batch, case.time, np.int32)
     dense = nn.Dense(CLASSES, precision=HIGHEST)

@@ -24,7 +24,7 @@ threading.Thread(target=lambda: os._exit(len(sys.stdin.read())), daemon=True).st
 while True: pass
 """
 """A process that computes until its stdin ends, as it does when this one is killed."""
-TOLERANCE = 1e-4
+TOLERANCE, BFLOAT16_TOLERANCE = 1e-4, 0.02
 """Largest difference between two peers' logits, or between their first losses."""
 
 
@@ -177,7 +177,9 @@ def measure_case(
     for peer, worker in workers.items():
         with noting(peer):
             built = worker.ask("build", case, mode)
-            check_same(built["result"], next(iter(builds.values()), built)["result"])
+            expected = next(iter(builds.values()), built)["result"]
+            tolerance = BFLOAT16_TOLERANCE if case.bfloat16 else TOLERANCE
+            check_same(built["result"], expected, tolerance)
             builds[peer] = built
     with busy_processes(case.busy):
         for _, peer in itertools.product(range(settings.rounds), workers):
@@ -202,14 +204,14 @@ def busy_processes(number: int) -> Iterator[None]:
         yield
 
 
-def check_same(result: Any, expected: Any) -> None:
-    """Compare logits [rows, classes], or losses.
+def check_same(result: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
+    """Compare logits [rows, classes], or losses, which are all around 1.
 
     Raises:
         PeerError: they are not of the same model.
     """
     difference = float(np.max(np.abs(np.subtract(result, expected))))
-    if not difference <= TOLERANCE:  # catches NaN too
+    if not difference <= tolerance:  # catches NaN too
         raise PeerError(f"computes something else: its results differ by {difference:.2g}")
 
 

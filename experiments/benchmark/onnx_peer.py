@@ -24,12 +24,14 @@ def build_onnx(case: Case, mode: str) -> Call:
     """Build one `LSTM` a layer, and a dense layer.
 
     Raises:
-        Unavailable: it would have to train, or to map over examples.
+        Unavailable: it would have to train, to map over examples, or to multiply in bfloat16.
     """
     if mode == "train":
         raise Unavailable("has no training")
     if case.mapped:
         raise Unavailable("has no vmap")
+    if case.bfloat16:
+        raise Unavailable("has no bfloat16 on a CPU")
     of_torch = weights(case)
     constants = {"w": of_torch["lin.weight"], "b": of_torch["lin.bias"]}
     constants |= {"axis0": np.array([0]), "axis1": np.array([1])}

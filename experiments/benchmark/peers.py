@@ -1,8 +1,8 @@
 """The implementations that are compared.
 
 A peer has a builder, which makes one function for a case and a mode, to be called repeatedly. All
-peers start from the same weights, and compute in float32 without TensorFloat-32. Only a worker
-imports the module of a peer, so that each process has one framework.
+peers start from the same weights, and compute in float32 without TensorFloat-32, but for cases in
+bfloat16. Only a worker imports the module of a peer, so that each process has one framework.
 """
 
 import importlib.util

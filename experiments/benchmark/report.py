@@ -74,6 +74,8 @@ def detail_table(results: Results) -> str:
     rows = []
     for m in results.measurements:
         seconds = float(np.median(m.call_seconds))
+        share = flops(m.case, m.mode) / seconds / peak  # of products in float32
+        of_peak = "" if m.case.bfloat16 else f"{share:.1%}"
         slow = f"{1e3 * np.median([turn['slow'] for turn in m.rounds]):.2f}" if m.case.busy else ""
         rows.append(
             {
@@ -83,7 +85,7 @@ def detail_table(results: Results) -> str:
                 "call, ms": f"{1e3 * seconds:.3f}",
                 "95th percentile, ms": slow,
                 "images/s": f"{m.case.batch / seconds:,.0f}",
-                "of the peak": f"{flops(m.case, m.mode) / seconds / peak:.1%}",
+                "of the peak": of_peak,
                 "compile, s": f"{max(0.0, m.first_call_seconds - seconds):.2f}",
                 "memory, MB": "" if m.peak_bytes is None else f"{m.peak_bytes / 1e6:,.0f}",
             }

@@ -40,7 +40,12 @@ def build_torch(case: Case, mode: str, how: str = "eager") -> Call:
     initial = {name: torch.from_numpy(array) for name, array in weights(case).items()}
     model = Classifier(case.hidden, case.layers, case.features).to(DEVICE)
     model.load_state_dict(initial)
-    forward = torch.compile(model) if how == "compile" else model
+    compiled = torch.compile(model) if how == "compile" else model
+
+    def forward(images):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=bool(case.bfloat16)):
+            return compiled(images).float()
+
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, capturable=how == "graph")
 
     def infer():

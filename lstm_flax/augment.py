@@ -21,8 +21,9 @@ def distort(
     strength: float = 1.0,
     elastic: float = 0.0,
     elastic_radius: float = 4.0,
+    gamma: float = 1.0,
 ) -> jax.Array:
-    """Rotate, shear, scale, shift and bend each image at random, with one interpolation.
+    """Rotate, shear, scale, shift, bend and lighten each image at random, with one interpolation.
 
     Args:
         key: PRNG key; the same key gives the same distortions.
@@ -36,6 +37,8 @@ def distort(
             (Simard, Steinkraus and Platt, "Best Practices for Convolutional Neural Networks",
             2003); 0 does not bend the images.
         elastic_radius: standard deviation, in pixels, of the Gaussian that smooths these moves.
+        gamma: at least 1; an image's pixels, which must be at least 0, are raised to a power from
+            1 / gamma to gamma, whose logarithm is drawn uniformly. 1 leaves them as they are.
 
     Raises:
         ValueError: the images have another rank or dtype, or an amount is out of bounds.
@@ -53,6 +56,7 @@ def distort(
     _check_less("elastic", elastic, math.inf)
     radius = "a finite number greater than 0"
     check("elastic_radius", elastic_radius, radius, lambda r: 0 < r < math.inf)
+    check("gamma", gamma, "a finite number of at least 1", lambda g: 1 <= g < math.inf)
     batch, height, width = images.shape
     amounts = [max_rotation, max_shear, max_scale, max_scale, max_shift, max_shift]
     limits = jnp.array([strength * amount for amount in amounts], images.dtype)
@@ -75,9 +79,13 @@ def distort(
         noise = jax.random.normal(jax.random.fold_in(key, 1), (2, *images.shape), images.dtype)
         moved = elastic * _smoothed(noise, elastic_radius)
         source_y, source_x = source_y + moved[0], source_x + moved[1]
-    return jax.vmap(lambda image, *at: map_coordinates(image, at, order=1))(
+    images = jax.vmap(lambda image, *at: map_coordinates(image, at, order=1))(
         images, source_y, source_x
     )
+    if gamma > 1:
+        drawn = jax.random.uniform(jax.random.fold_in(key, 2), (batch, 1, 1), images.dtype, -1, 1)
+        images = images ** jnp.asarray(gamma, images.dtype) ** drawn
+    return images
 
 
 def _check_less(name: str, value: float, bound: float) -> None:

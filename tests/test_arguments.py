@@ -204,6 +204,9 @@ def test_amounts_of_distortion(name):
     for value in (0, -4.0, float("nan")):
         with refuses(f"elastic_radius is {value!r}, not a finite number greater than 0"):
             distort(jax.random.key(0), images, elastic_radius=value)
+    for value in (0.5, float("nan"), float("inf"), "2"):
+        with refuses(f"gamma is {value!r}, not a finite number of at least 1"):
+            distort(jax.random.key(0), images, gamma=value)
     with refuses(r"strength \* max_scale is 1.2, not at least 0 and less than 1"):
         distort(jax.random.key(0), images, strength=4, max_scale=0.3)
 

@@ -245,6 +245,20 @@ def test_elastic_moves_points_by_its_pixels_and_neighbours_together():
     np.testing.assert_allclose(near, np.exp(-0.25), atol=0.05)
 
 
+@pytest.mark.usefixtures("strict_dtypes")
+def test_gamma_raises_all_pixels_of_an_image_to_one_power():
+    still = {"max_rotation": 0.0, "max_shear": 0.0, "max_scale": 0.0, "max_shift": 0.0}
+    images = jnp.broadcast_to(jnp.linspace(0, 1, 28), (512, 28, 28))
+    raised = np.asarray(distort(jax.random.key(0), images, gamma=2.0, **still))
+    np.testing.assert_array_equal(raised[..., 0], 0)
+    powers = np.log(raised[..., 1:-1]) / np.log(np.asarray(images[..., 1:-1]))
+    np.testing.assert_allclose(powers, np.broadcast_to(powers[:, :1, :1], powers.shape), rtol=1e-3)
+    drawn = np.log2(powers[:, 0, 0])  # uniform on [-1, 1]
+    assert np.abs(drawn).max() < 1.001
+    assert 0.5 < drawn.std() < 0.65
+    np.testing.assert_array_equal(distort(jax.random.key(0), images, gamma=1.0, **still), images)
+
+
 def test_label_smoothing_is_cross_entropy_with_soft_targets():
     batch, state = as_batch(make_data(8)), make_state()
     targets = 0.8 * np.eye(10, dtype=np.float32)[batch["label"]] + 0.02

@@ -77,6 +77,8 @@ class Config:
     """With --augment: how far; 0.5 halves the largest angle, change of size and shift."""
     elastic: float = 0.0
     """With --augment: also bend the images; standard deviation of a point's move, in pixels."""
+    gamma: float = 1.0
+    """With --augment: also raise the pixels to powers from 1/gamma to gamma; 1 leaves them."""
     hidden_size: int = 256
     """Units of each LSTM layer."""
     num_layers: int = 2
@@ -283,6 +285,7 @@ def _bounds(config: Config) -> Iterator[tuple[str, bool, str]]:
     yield "warmup", 0 < config.warmup < 1, "more than 0 and less than 1"
     for name in ("weight_decay", "elastic"):
         yield name, 0 <= getattr(config, name) <= MAX_FLOAT, "at least 0"
+    yield "gamma", 1 <= config.gamma <= 100, "at least 1 and at most 100"
     # At 7.8, an image would be sheared by a right angle.
     yield "distortion", 0 <= config.distortion <= 5, "at least 0 and at most 5"
     for name in ("label_smoothing", "dropout"):

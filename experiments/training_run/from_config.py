@@ -85,7 +85,7 @@ def augment(config: Config) -> Augment | None:
     """Return the function that distorts training images; None without `--augment`."""
     if not config.augment:
         return None
-    return partial(distort, strength=config.distortion, elastic=config.elastic)
+    return partial(distort, strength=config.distortion, elastic=config.elastic, gamma=config.gamma)
 
 
 def train_state(config: Config, num_images: int, key: jax.Array) -> TrainState:

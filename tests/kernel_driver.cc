@@ -140,7 +140,8 @@ bool AreClose(const Array& a, const Array& b) {
 void TilesComputeAsVectorsDo() {
 #if defined(LSTM_HAS_TILES)
   if (!lstm::AskForTiles()) return;
-  const lstm::Sizes sizes[] = {{1, 5, 8, 70}, {16, 4, 32, 64}, {17, 4, 34, 66}, {40, 40, 28, 48}};
+  const lstm::Sizes sizes[] = {
+      {1, 5, 8, 70}, {16, 4, 32, 64}, {17, 4, 34, 66}, {40, 40, 28, 48}, {70, 9, 66, 100}};
   for (const lstm::Sizes& size : sizes) {
     for (const bool reverse : {false, true}) {
       cores = 1;

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lstm_flax.models.native.build import DTYPES, TARGET, TILES, load, unavailable
+from lstm_flax.models.native.build import DTYPES, TARGET, unavailable
 
 PLATFORM = "cpu"
 CAN_BE_EXPORTED = False  # it is compiled for this machine's processor
@@ -53,13 +53,11 @@ def is_slower(part: str, operands: Any) -> bool:
     Nor has it a second level of blocks for weights beyond all caches: with 1,024 units and a batch
     of 128 it took 1.3 to 1.7 times as long as the scan with 512 KiB of L2, and as long with 1 MiB;
     a batch of 16 took half as long. `python -m experiments.benchmark --cases grid` gave the sizes.
-    With tiles of bfloat16 it took 0.85 times as long as the scan, and 0.36 times in training.
     """
     batch, time = operands[0].shape[:2]
     weights = operands[1].size + operands[2].size if part == "forward" else 0  # numbers
     is_hardly_used = batch * time <= (24 if weights > 1 << 20 else 12)
-    has_tiles = operands[0].dtype == jnp.bfloat16 and TILES in load()
-    return is_hardly_used or (weights > 1 << 22 and batch > 32 and not has_tiles)
+    return is_hardly_used or (weights > 1 << 22 and batch > 32)
 
 
 def forward(x, kernel_ih, kernel_hh, bias, h_0, c_0, lengths, *, reverse, keep, **_):

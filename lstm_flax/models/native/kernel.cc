@@ -185,8 +185,10 @@ void PackForward(const ForwardArrays<N>& a, int64_t panel, float* to) {
         Store(to, N::Join(Load(first, count), Load(second, count)));
       }
     }
-    const int64_t words = rows / N::kPerWord, filled = WholeWords<N>(words) - words;
-    to = std::fill_n(to, filled * kColumns, 0.f);
+    const int64_t words = rows / N::kPerWord;
+    float* const begin = to - words * kColumns;
+    FillWords<N>(begin, words);
+    to = begin + WholeWords<N>(words) * kColumns;
   };
   pack(a.kernel_ih, a.size.features);
   pack(a.kernel_hh, hidden);
@@ -275,13 +277,12 @@ void RunForward(const Helpers& helpers, ForwardArrays<N> a) {
   const int64_t batch = a.size.batch, time = a.size.time, hidden = a.size.hidden;
   std::copy_n(a.h_0, batch * hidden, a.h_n);
   std::copy_n(a.c_0, batch * hidden, a.c_n);
-  constexpr int64_t kTileRows = N::kTileRows;
-  const bool ahead = batch < kTileRows;
+  const bool ahead = batch < N::kTileRows;
   Scratch sums(ahead && !a.gates ? batch * time * 4 * hidden : 0);
   if (ahead) a.sums = a.gates ? a.gates : sums.data();
   auto pack = [&](int64_t panel, float* packed) {
     PackForward(a, panel, packed);
-    for (int64_t row = 0; ahead && row < batch * time; row += kTileRows) {
+    for (int64_t row = 0; ahead && row < batch * time; row += N::kTileRows) {
       CALL_TILE(InputTile, batch * time - row, a, row, panel, packed);
     }
   };

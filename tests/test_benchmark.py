@@ -172,18 +172,35 @@ def test_keras_computes_the_same_from_the_same_weights(monkeypatch):
     np.testing.assert_allclose(logits, jax_peers.build_ours(TINY, "infer")(), atol=1e-6)
 
 
+def assert_rounded(build):
+    exact = jax_peers.build_ours(TINY, "infer")()
+    rounded = np.float32(build(TINY._replace(bfloat16=1), "infer")())
+    assert 0 < np.abs(rounded - exact).max() < 0.01
+
+
 def test_in_bfloat16_all_compute_the_same_to_its_eight_bits(monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     pytest.importorskip("keras")
-    pytest.importorskip("torch")
-    case = TINY._replace(bfloat16=1)
-    exact = jax_peers.build_ours(TINY, "infer")()
-    jax_builders = [jax_peers.build_ours, jax_peers.build_linen_rnn, jax_peers.build_keras]
-    for build in (*jax_builders, torch_peers.build_torch):
-        rounded = np.float32(build(case, "infer")())
-        assert 0 < np.abs(rounded - exact).max() < 0.01
+    for build in (jax_peers.build_ours, jax_peers.build_linen_rnn, jax_peers.build_keras):
+        assert_rounded(build)
     with pytest.raises(Unavailable, match="no bfloat16"):
-        onnx_peer.build_onnx(case, "infer")
+        onnx_peer.build_onnx(TINY._replace(bfloat16=1), "infer")
+
+
+def test_pytorch_computes_the_same_in_bfloat16_or_says_that_it_can_not():
+    pytest.importorskip("torch")
+    try:
+        assert_rounded(torch_peers.build_torch)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+def test_kerass_peer_leaves_the_dtype_of_other_layers_alone(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    keras = pytest.importorskip("keras")
+    before = keras.config.dtype_policy().name
+    jax_peers.build_keras(TINY._replace(bfloat16=1), "infer")
+    assert keras.config.dtype_policy().name == before
 
 
 def test_onnx_runtime_computes_the_same_and_says_what_it_can_not():

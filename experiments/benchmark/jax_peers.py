@@ -96,13 +96,13 @@ def build_keras(case: Case, mode: str) -> Call:
     """Build one `keras.layers.LSTM` a layer, on Keras's JAX backend."""
     import keras  # takes seconds, and only this peer needs it
 
-    keras.config.set_dtype_policy("mixed_bfloat16" if case.bfloat16 else "float32")
+    dtype = "mixed_bfloat16" if case.bfloat16 else "float32"
     lstms = [
-        keras.layers.LSTM(case.hidden, return_sequences=k < case.layers - 1)
+        keras.layers.LSTM(case.hidden, return_sequences=k < case.layers - 1, dtype=dtype)
         for k in range(case.layers)
     ]
     images = keras.Input((case.time, case.features))
-    model = keras.Sequential([images, *lstms, keras.layers.Dense(CLASSES)])
+    model = keras.Sequential([images, *lstms, keras.layers.Dense(CLASSES, dtype=dtype)])
     # Its gates are in the same order, and its weights in the order of these dicts.
     params = from_torch(weights(case))
     layers = [params["core"][f"l{k}"] for k in range(case.layers)]

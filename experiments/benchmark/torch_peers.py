@@ -35,6 +35,8 @@ def build_torch(case: Case, mode: str, how: str = "eager") -> Call:
     """Build `nn.LSTM` and `nn.Linear`; `how` is "eager", and on CUDA also "compile" or "graph"."""
     if case.mapped:
         raise Unavailable("nn.LSTM has no vmap")
+    if case.bfloat16 and DEVICE == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise Unavailable("nn.LSTM has no bfloat16 on this processor")
     images, labels = (torch.from_numpy(array).to(DEVICE) for array in examples(case))
     labels = labels.long()
     initial = {name: torch.from_numpy(array) for name, array in weights(case).items()}

@@ -132,6 +132,8 @@ def describe(run: RunContext, state: TrainState) -> None:
     head = state.params["head"]
     print_layer("head", config.hidden_size, len(head["bias"]), head)
     print(f"device  {environment.device_name()}, {from_config.implementation(config)}")
+    if config.dropout and config.num_layers == 1:
+        warn(f"--dropout {config.dropout} drops nothing: it lies between layers, and there is one")
 
 
 def print_layer(name: str, inputs: int, outputs: int, params: Any) -> None:

@@ -1,6 +1,7 @@
 import atexit
+import fcntl
 import os
-import subprocess
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -21,7 +22,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest
-from small_runs import command
+from small_runs import finish
 
 ORIGINAL_FILES = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 
@@ -37,9 +38,33 @@ def mnist_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory) -> Path:
-    """A tfds folder for the whole session."""
-    return tmp_path_factory.mktemp("tfds")
+def made_once(tmp_path_factory):
+    """Have `make(folder)` called by the first of the tests' processes that asks for the folder.
+
+    The others wait for it. They share it, so that none may change what is in it.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def made_once(name, make) -> Path:
+        folder, is_made = root / "made_once" / name, root / f"{name}.made"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not is_made.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+                make(folder)
+                is_made.touch()
+        return folder
+
+    return made_once
+
+
+@pytest.fixture(scope="session")
+def data_dir(made_once) -> Path:
+    """A tfds folder for the whole session; one process at a time prepares data in it."""
+    return made_once("tfds", lambda folder: None)
 
 
 @pytest.fixture
@@ -65,20 +90,20 @@ def run(data_dir, capsys):
 
 
 @pytest.fixture(scope="session")
-def reader(data_dir, tmp_path_factory) -> Path:
+def reader(data_dir, made_once, tmp_path_factory) -> Path:
     """The workdir of a run that has learnt to read: about 95% of mnist5k's test digits."""
     from experiments import mnist_lstm
 
-    workdir = tmp_path_factory.mktemp("reader") / "run"
-    flags = ["--data-dir", data_dir, "--workdir", workdir, "--dataset", "mnist5k", "--epochs", 8]
-    flags += ["--hidden-size", 96, "--num-layers", 1, "--batch-size", 50]
-    assert mnist_lstm.main([*map(str, flags)]) == 0
-    return workdir
+    def learn(workdir):
+        flags = ["--data-dir", data_dir, "--workdir", workdir, "--dataset", "mnist5k"]
+        flags += ["--epochs", 8, "--hidden-size", 96, "--num-layers", 1, "--batch-size", 50]
+        assert mnist_lstm.main([*map(str, flags)]) == 0
+
+    # A copy for each process, since commands lock the run that they read.
+    return shutil.copytree(made_once("reader", learn), tmp_path_factory.mktemp("reader") / "run")
 
 
 @pytest.fixture(scope="session")
-def finished(data_dir, tmp_path_factory) -> Path:
+def finished(data_dir, made_once) -> Path:
     """The workdir of a finished run of three epochs, 14 steps each; tests harm a copy of it."""
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    subprocess.run(command(data_dir, workdir, "--epochs", 3), check=True, capture_output=True)
-    return workdir
+    return made_once("finished", lambda workdir: finish(data_dir, workdir, "--epochs", 3))

@@ -53,6 +53,14 @@ def test_train_evaluate_and_run_again(run, tmp_path):
     assert "there are: 14, 28" in error
 
 
+def test_dropout_that_drops_nothing_is_said_in_one_line(run, tmp_path):
+    status, _, error = run("--workdir", tmp_path, *SMALL, "--epochs", 1, "--dropout", 0.1)
+    assert status == 0
+    assert error == (
+        "warning: --dropout 0.1 drops nothing: it lies between layers, and there is one\n"
+    )
+
+
 def test_a_recipe_sets_what_is_left_out(run, tmp_path):
     assert run("--workdir", tmp_path, *SMALL, "--recipe", "best", "--epochs", 1)[0] == 0
     config = json.loads((tmp_path / "config.json").read_text())

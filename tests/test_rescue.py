@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from small_runs import SMALL, assert_ended_alike, command, read_eval, read_until
+from small_runs import SMALL, assert_ended_alike, command, finish, read_eval, read_until
 from test_faults import flip_bits, refused
 from test_tensorboard import curves
 
@@ -18,7 +18,7 @@ from experiments.training_run.config import parse
 from experiments.training_run.metric_writer import TAGS
 from experiments.training_run.rescue import rescue_folder
 
-FLAGS = ["--epochs", "20", "--dropout", "0.1", "--checkpoint-every", "0", "--no-augment"]
+FLAGS = ["--epochs", "12", "--checkpoint-every", "0", "--no-augment"]
 # The result is the best epoch, which lies in the outage of a run that ends in one.
 VALIDATED = [*FLAGS, "--validation-size", "400"]
 SIZE = "4m"  # of the small file systems; the checkpoints of a run take 1 MB
@@ -194,19 +194,16 @@ def rescue_dir(tmp_path):
     return folder
 
 
-def undisturbed(flags):
-    @pytest.fixture(scope="module")
-    def workdir(data_dir, tmp_path_factory):
-        """The workdir of a run that nobody disturbed."""
-        workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-        subprocess.run(command(data_dir, workdir, *flags), check=True, capture_output=True)
-        return workdir
-
-    return workdir
+@pytest.fixture(scope="module")
+def undisturbed_run(data_dir, made_once):
+    """The workdir of a run that nobody disturbed."""
+    return made_once("undisturbed", lambda workdir: finish(data_dir, workdir, *FLAGS))
 
 
-undisturbed_run = undisturbed(FLAGS)
-validated_run = undisturbed(VALIDATED)
+@pytest.fixture(scope="module")
+def validated_run(data_dir, made_once):
+    """The same with a validation set."""
+    return made_once("validated", lambda workdir: finish(data_dir, workdir, *VALIDATED))
 
 
 TOLD = ("warning", "error", "run", "stopped")
@@ -258,7 +255,7 @@ def assert_recovered(fault, undisturbed):
 
 
 def reach_outage(run, fault):
-    run.reach("epoch  3/20")
+    run.reach("epoch  3/12")
     with run.held():
         fault.begin()
     run.reach("warning: ")
@@ -285,11 +282,11 @@ def test_a_workdir_that_fails_in_mid_run_and_comes_back(
         f"training goes on and tries again at each save; meanwhile the last state is kept in {kept}"
     )
     assert back.endswith(f" in {fault.workdir} again")
-    assert evaluating == "run     evaluating step 280"
+    assert evaluating == "run     evaluating step 168"
     assert_recovered(fault, undisturbed_run)
     shown = curves(fault.machine.see(fault.workdir))
     for tag in set(TAGS.values()) - {"loss/validation", "accuracy/validation"}:
-        assert [step for step, _ in shown[tag]] == list(range(14, 281, 14)), tag
+        assert [step for step, _ in shown[tag]] == list(range(14, 169, 14)), tag
 
 
 @pytest.mark.slow
@@ -302,7 +299,7 @@ def test_a_run_that_ends_while_its_workdir_is_gone(data_dir, validated_run, resc
     (kept,) = rescue_dir.iterdir()
     assert status == 0
     assert last == (
-        f"warning: {fault.workdir} {fault.reason}; the last state, of step 240, is kept in {kept}: "
+        f"warning: {fault.workdir} {fault.reason}; the last state, of step 144, is kept in {kept}: "
         f"make {fault.workdir} writable again and run the same command"
     )
     # Nothing is begun where the mount comes back; a save that was under way may go on there.
@@ -312,9 +309,9 @@ def test_a_run_that_ends_while_its_workdir_is_gone(data_dir, validated_run, resc
     status, told = Run(fault, data_dir, *flags).end()
     assert status == 0
     assert told[:3] == [
-        f"run     the state of step 240 was kept in {kept}",
-        f"run     saved step 240 in {fault.workdir} again",
-        "run     finished at step 240",
+        f"run     the state of step 144 was kept in {kept}",
+        f"run     saved step 144 in {fault.workdir} again",
+        "run     finished at step 144",
     ]
     assert list(rescue_dir.iterdir()) == []
     assert_recovered(fault, validated_run)
@@ -355,7 +352,7 @@ def test_a_state_that_can_be_saved_nowhere(data_dir, undisturbed_run, tmp_path, 
     for line in (warning, error):
         assert line.count("(No space left on device)") == 2, line
     assert "the state is lost if the run ends before" in warning
-    assert "the state of step 280 is lost, and the same command resumes from the last" in error
+    assert "the state of step 168 is lost, and the same command resumes from the last" in error
 
     fault.end()
     status, told = Run(fault, data_dir, *flags).end()

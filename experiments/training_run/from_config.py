@@ -33,7 +33,7 @@ def model(config: Config) -> SequenceClassifier:
         config.hidden_size,
         config.num_layers,
         dtype=jnp.dtype(config.precision),
-        dropout=config.dropout,
+        dropout=config.dropout if config.num_layers > 1 else 0.0,  # it lies between layers
         # By default a TPU rounds float32 operands to bfloat16, and a GPU to TensorFloat-32.
         precision=jax.lax.Precision.HIGHEST if is_float32 else None,
         bias_init=chrono_init(math.prod(IMAGE_SHAPE)) if is_long else forget_gate_ones,

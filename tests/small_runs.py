@@ -7,6 +7,7 @@ import sys
 
 SMALL = [
     "--dataset", "mnist5k", "--hidden-size", "24", "--num-layers", "1", "--batch-size", "300",
+    "--no-augment",
 ]  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from experiments.training_run import lock
 from experiments.training_run.run_files import RunFilesError
 from lstm_flax import buckets
 
-FLAGS = ["--epochs", "3", "--checkpoint-every", "5"]
+FLAGS = ["--epochs", "3", "--augment", "--checkpoint-every", "5"]
 
 
 @pytest.fixture(scope="module")

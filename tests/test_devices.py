@@ -20,7 +20,8 @@ ROUNDING = 2e-5
 
 
 def devices(number):
-    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={number}"}
+    flags = [os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={number}"]
+    return {"XLA_FLAGS": " ".join(flags)}
 
 
 def train(data_dir, workdir, *flags, number_of_devices=1):

@@ -212,7 +212,7 @@ def test_a_run_in_64_bits_without_a_compiler_says_that_it_scans_and_can_go_on_in
 
 @pytest.mark.slow
 def test_a_run_for_which_nothing_is_compiled_trains_slowly(data_dir, tmp_path):
-    flags = ["--epochs", 1, "--batch-size", 4000, "--hidden-size", 2, "--no-augment"]
+    flags = ["--epochs", 1, "--batch-size", 4000, "--hidden-size", 2]
     output, _ = start(data_dir, tmp_path, *flags, JAX_DISABLE_JIT="1").communicate()
     assert output.count("warning: JAX_DISABLE_JIT is set") == 1
     assert read_eval(tmp_path)["step"] == 1, output

@@ -118,7 +118,7 @@ def test_a_signal_at_any_of_twenty_moments_stops_the_run_in_one_line(
         workdir = tmp_path / str(number)
         is_compiled_before = beginning != "compiling"
         process = start(
-            data_dir, workdir, "--epochs", "30", "--no-augment",
+            data_dir, workdir, "--epochs", "30",
             JAX_ENABLE_COMPILATION_CACHE=str(is_compiled_before).lower(),
         )  # fmt: skip
         wait_until_it_listens(process)

@@ -143,9 +143,9 @@ def test_pictures_by_kind_are_read_with_it_too(seven, capsys):
 
 
 @pytest.mark.slow
-def test_read_digit_shows_how_it_reads(seven, data_dir, offline, capsys):
+def test_read_digit_shows_how_it_reads(seven, tmp_path, offline, capsys):
     pytest.importorskip("matplotlib")
-    assert read_digit(["--index", "8", "--data-dir", str(data_dir)]) == 0
+    assert read_digit(["--index", "8", "--data-dir", str(tmp_path / "data")]) == 0
     output, error = capsys.readouterr()
     model_, knows = error.splitlines()
     assert model_ == SAYS

@@ -62,7 +62,7 @@ def runs(data_dir, tmp_path_factory):
     flags = {STRANGE: ["--epochs", 2], "small": ["--epochs", 1, "--hidden-size", 8, "--seed", 5]}
     for name, of in flags.items():
         places = ["--data-dir", data_dir, "--workdir", folder / name]
-        assert mnist_lstm.main([*map(str, [*places, *SMALL, "--no-augment", *of])]) == 0
+        assert mnist_lstm.main([*map(str, [*places, *SMALL, *of])]) == 0
     return [folder / name for name in flags]
 
 

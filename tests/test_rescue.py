@@ -18,7 +18,7 @@ from experiments.training_run.config import parse
 from experiments.training_run.metric_writer import TAGS
 from experiments.training_run.rescue import rescue_folder
 
-FLAGS = ["--epochs", "12", "--checkpoint-every", "0", "--no-augment"]
+FLAGS = ["--epochs", "12", "--checkpoint-every", "0"]
 # The result is the best epoch, which lies in the outage of a run that ends in one.
 VALIDATED = [*FLAGS, "--validation-size", "400"]
 SIZE = "4m"  # of the small file systems; the checkpoints of a run take 1 MB

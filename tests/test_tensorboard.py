@@ -23,9 +23,7 @@ from experiments.training_run.metric_writer import (
 )
 from experiments.training_run.run_files import RunFilesError, environment_path, read_lines
 
-FLAGS = [
-    "--epochs", "2", "--validation-size", "400", "--no-augment", "--tensorboard",
-]  # fmt: skip  # 12 steps an epoch
+FLAGS = ["--epochs", "2", "--validation-size", "400", "--tensorboard"]  # 12 steps an epoch
 
 
 def curves(workdir):

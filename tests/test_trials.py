@@ -36,16 +36,23 @@ def test_the_first_idea_is_what_the_recipe_does():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, state.params)
 
 
+DATA = some_digits(50)  # the last batch of an epoch is not full
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """The parameters that the recipe leads to."""
+    return train(IDEAS["recipe"], config_of(IDEAS["recipe"], RECIPE, 0), DATA)
+
+
 @pytest.mark.parametrize("name", [name for name in IDEAS if name != "recipe"])
-def test_each_idea_trains_another_model(name):
-    data = some_digits(50)  # the last batch of an epoch is not full
-    recipe = train(IDEAS["recipe"], config_of(IDEAS["recipe"], RECIPE, 0), data)
+def test_each_idea_trains_another_model(recipe, name):
     config = config_of(IDEAS[name], RECIPE, 0)
-    params = train(IDEAS[name], config, data, [recipe] * IDEAS[name].has_teachers)
+    params = train(IDEAS[name], config, DATA, [recipe] * IDEAS[name].has_teachers)
     assert bool(training.is_finite(params))
     moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), params, IDEAS[name].extend(recipe))
     assert max(jax.tree.leaves(moved)) > 1e-4
-    answers = answer(IDEAS[name], config, params, data)
+    answers = answer(IDEAS[name], config, params, DATA)
     assert answers.is_correct.shape == answers.loss.shape == (50,)
     assert 0 < answers.loss.mean() < 5
 

@@ -72,7 +72,7 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(served, workdir, on_disk, run, c
     steps = {name.split("/")[1] for name in there if name.startswith("checkpoints/")}
     assert steps == {path.name for path in (on_disk / "checkpoints").iterdir()}
 
-    assert run("--workdir", workdir, "--eval-only", *SMALL)[0] == 0
+    assert run("--workdir", workdir, "--eval-only", *SMALL, "--augment")[0] == 0
     assert read_eval(workdir) == read_eval(on_disk)
     assert report([str(workdir)]) == 0
     assert b"<html" in served.read(f"{workdir.name}/report.html")[:200]

@@ -53,7 +53,7 @@ def test_train_and_eval_step_compile_for_tpu_v5e(topology, chips, precision):
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # other tests compile at the same time
             "JAX_PLATFORMS": "cpu",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
-            "XLA_FLAGS": "",  # which it does not all know
+            "XLA_FLAGS": "",  # libtpu refuses those for the CPU
         },
         capture_output=True,
         text=True,
@@ -105,7 +105,7 @@ def test_train_and_eval_step_lower_for(platform):
 @pytest.mark.skipif(not LIBTPU, reason="compiling for TPUs needs libtpu")
 def test_the_kernels_take_fewer_cycles_and_operations_than_the_scan(monkeypatch):
     monkeypatch.setenv("TPU_LIBRARY_PATH", LIBTPU)
-    monkeypatch.delenv("XLA_FLAGS", raising=False)  # which it does not all know
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # libtpu refuses those for the CPU
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     scan, kernels = (
         tpu.compile_apart("v5e", tpu.Program(name, "train", 128, "bfloat16"))

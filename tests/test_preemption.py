@@ -31,13 +31,13 @@ def uninterrupted(data_dir, made_once):
 
 
 @pytest.mark.slow
-def test_kills_at_random_moments_change_nothing(uninterrupted, tmp_path):
+def test_twenty_kills_at_random_moments_change_nothing(uninterrupted, tmp_path):
     """From the first preparation of the data to the last save, wherever the kill may fall."""
     workdir, data_dir = tmp_path / "run", tmp_path / "data"
     rng = random.Random(0)
     # Up to which line the run is let go on, and for how many seconds after it.
     moments = [("preparing", 0.5), ("", 4.0)]
-    moments += [("data", 2.0), ("compiled", 0.4), ("epoch", 0.2)] * 4
+    moments += [("data", 2.0), ("compiled", 0.4), ("epoch", 0.2)] * 6
     outputs = []
     for beginning, longest in moments:
         process = start(data_dir, workdir, *FLAGS)
@@ -48,7 +48,7 @@ def test_kills_at_random_moments_change_nothing(uninterrupted, tmp_path):
         outputs.append("".join(lines) + process.stdout.read())
         process.stdout.close()
         assert process.wait() == -signal.SIGKILL, outputs[-1]
-    assert sum("resuming from step" in output for output in outputs) >= 5
+    assert sum("resuming from step" in output for output in outputs) >= 8
     assert not any("error" in output or "warning" in output for output in outputs), outputs
 
     assert "resuming from step" in finish(data_dir, workdir, *FLAGS)
